@@ -1,0 +1,177 @@
+"""Score saved policies: the last policy of every seed and beta, over episodes that training never saw.
+
+    python eval.py --env hopper-medium       # reads runs/hopper-medium/actor.pt, writes runs/hopper-medium/eval.json
+
+In your own code, from eval import load_policy; act = load_policy("runs/hopper-medium/actor.pt"); action = act(obs).
+"""
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+
+
+@dataclass
+class Args:
+    env: str
+    """task that was trained"""
+    run_name: str | None = None
+    """read <out-dir>/<run-name>/actor.pt (default: the task's name)"""
+    out_dir: str = "runs"
+    """where the runs are kept"""
+    episodes: int = 100
+    """episodes per replica"""
+    workers: int = os.cpu_count()
+    """processes that evaluate"""
+
+
+def flatten(obs):
+    """One float32 vector per observation; a dictionary's parts are joined in the order of their sorted keys."""
+    if isinstance(obs, dict):
+        return np.concatenate([flatten(obs[key]) for key in sorted(obs)], axis=-1)
+    return np.asarray(obs, np.float32)
+
+
+def reached(obs):
+    """Whether maze observations are at their goal, by the distance that the environments call success."""
+    return np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1) <= 0.45
+
+
+def make_act(weights, info):
+    """The policy in NumPy: act(obs) -> action in the environment's units, for one observation or a batch of them."""
+    low, high = np.float32(info["action_low"]), np.float32(info["action_high"])
+
+    def act(obs):
+        x = flatten(obs)
+        for weight, bias in weights[:-1]:
+            x = np.maximum(x @ weight + bias, 0)
+        weight, bias = weights[-1]
+        return low + (high - low) * (np.tanh(x @ weight + bias) + 1) / 2
+
+    return act
+
+
+def policy_weights(state_dict, replica):
+    """One replica's layers as NumPy arrays: list of (weight [n_in, n_out], bias [n_out])."""
+    tensors = [tensor[replica].cpu().numpy() for tensor in state_dict.values()]
+    return [(weight, bias[0]) for weight, bias in zip(tensors[::2], tensors[1::2])]
+
+
+def make_env(environment):
+    """The environment that the data came from, without their recording's wrappers."""
+    if environment["id"] not in gym.registry:
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about other environments
+            import gymnasium_robotics
+        gym.register_envs(gymnasium_robotics)
+    limit = environment["max_episode_steps"]
+    return gym.make(environment["id"], max_episode_steps=limit, disable_env_checker=True, **environment["kwargs"])
+
+
+def rollout(act, make_env, seeds):
+    """One episode per seed, in lockstep: act(obs [n, S]) -> [n, A]. Returns [n, 3]: return, success, length."""
+    envs = [make_env() for _ in seeds]
+    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
+    result, running = np.zeros((len(seeds), 3)), list(range(len(seeds)))
+    while running:
+        for i, action in zip(list(running), act(np.stack([flatten(obs[i]) for i in running]))):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
+            success = isinstance(obs[i], dict) and reached(obs[i])
+            result[i] += reward, success, 1
+            if terminated or truncated or success:
+                running.remove(i)
+    for env in envs:
+        env.close()
+    return result
+
+
+def run_chunk(weights, info, seeds):
+    """What a worker does."""
+    return rollout(make_act(weights, info), lambda: make_env(info["environment"]), seeds)
+
+
+def evaluate(pool, policies, info, seeds):
+    """Scores of policies over one episode per seed: dict of arrays [policies, seeds]. Chunks of fixed size, so that the
+    number of workers changes nothing."""
+    chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]
+    jobs = [pool.submit(run_chunk, policy, info, chunk) for policy in policies for chunk in chunks]
+    result = np.concatenate([job.result() for job in jobs]).reshape(len(policies), len(seeds), 3)
+    returns, success, length = np.moveaxis(result, -1, 0)
+    low, high = info["reference"]
+    score = 100 * ((success if info["maze"] else returns) - low) / (high - low)
+    return {"eval/score": score, "eval/return": returns, "eval/success": success, "eval/episode_length": length}
+
+
+def start_workers(workers):
+    """Processes of one thread each, started when first used."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # for their NumPy; this process has read it already
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def load_artifact(path, stage, remedy):
+    """A stage's artifact as a dictionary, or one line that says what to run."""
+    if not path.exists():
+        sys.exit(f"error: {path} does not exist: {remedy} first")
+    try:
+        artifact = torch.load(path, map_location="cpu", weights_only=True)
+        found = (artifact["stage"], artifact["format"])
+    except Exception as e:  # whatever a damaged or foreign file makes of torch.load
+        sys.exit(f"error: {path} cannot be read as an artifact ({type(e).__name__}): {remedy} again")
+    if found != (stage, 1):
+        sys.exit(f"error: {path} holds stage {found[0]}, format {found[1]}, not {stage}, format 1: {remedy}")
+    return artifact
+
+
+def load_policy(path, replica=0):
+    """A saved policy as act(obs) -> action on NumPy arrays, for one observation or a batch of them.
+
+    replica: which of the artifact's seeds and betas, in the order of eval.py's table.
+    """
+    artifact = load_artifact(Path(path), "actor", "run srpo_actor.py")
+    return make_act(policy_weights(artifact["weights"], replica), artifact)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    if args.episodes < 1 or args.workers < 1:
+        sys.exit("error: --episodes and --workers must be positive")
+    names = [args.run_name] if args.run_name else [args.env.replace("/", "-"), args.env.removesuffix("-v2")]
+    folders = [Path(args.out_dir, name) for name in names]
+    folder = next((folder for folder in folders if (folder / "actor.pt").exists()), folders[-1])
+    artifact = load_artifact(folder / "actor.pt", "actor", f"run `python srpo_actor.py --env {args.env}`")
+    if not artifact["environment"]:
+        sys.exit(f"error: the data of {args.env} name no environment to evaluate in")
+
+    seeds, betas = artifact["seeds"], artifact["betas"]
+    policies = [policy_weights(artifact["weights"], r) for r in range(len(seeds))]
+    with start_workers(args.workers) as pool:  # seeds far from those watched in training
+        result = evaluate(pool, policies, artifact, range(1_000_000, 1_000_000 + args.episodes))
+
+    table = {name.split("/")[1]: x.mean(axis=-1) for name, x in result.items()}
+    print(f"{artifact['env']}, {args.episodes} episodes per policy, the data's own score {artifact['data_score']:.1f}")
+    print(" ".join(f"{name:>14}" for name in ("seed", "beta", *table)))
+    for r, (seed, beta) in enumerate(zip(seeds, betas)):
+        print(f"{seed:14d} {beta:14g} " + " ".join(f"{column[r]:14.2f}" for column in table.values()))
+    summary = []
+    for beta in dict.fromkeys(betas):
+        score = table["score"][[b == beta for b in betas]]
+        summary.append({"beta": beta, "score_mean": score.mean(), "score_std": score.std(), "seeds": len(score)})
+        print(f"beta {beta:g}: score {score.mean():.1f} +- {score.std():.1f} (mean +- std of {len(score)} seeds)")
+
+    rows = [
+        {"seed": seed, "beta": beta, **{name: float(column[r]) for name, column in table.items()}}
+        for r, (seed, beta) in enumerate(zip(seeds, betas))
+    ]
+    content = {"env": artifact["env"], "data_score": artifact["data_score"], "episodes": args.episodes}
+    content |= {"policies": rows, "summary": summary}
+    (folder / "eval.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(f"saved {folder / 'eval.json'}")

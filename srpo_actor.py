@@ -1,0 +1,649 @@
+"""Stage 3 of SRPO: a small deterministic policy, from the critic of stage 1 and the behaviour model of stage 2.
+
+Score Regularized Policy Optimization (Chen et al., ICLR 2024): the policy climbs Q, while the score of the diffused
+behaviour, which the frozen behaviour model knows, pulls its actions back to the data (Eq. 15). No sampling anywhere.
+
+    python srpo_actor.py --env hopper-medium --beta 0.01 0.05    # -> runs/hopper-medium/actor.pt
+
+Every tensor of the networks has a leading replica axis R: all seeds and betas train at once, replica r = seed * betas + beta.
+"""
+
+import contextlib
+import difflib
+import io
+import json
+import multiprocessing
+import os
+import re
+import sys
+import time
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import minari
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env: str
+    """task of the paper (hopper-medium, antmaze-umaze, ...) or id of a Minari data set"""
+    dataset: str | None = None
+    """Minari data set to train on instead of the task's own; several joined with +"""
+    run_name: str | None = None
+    """files go to <out-dir>/<run-name> (default: the task's name)"""
+    out_dir: str = "runs"
+    """where the runs are kept"""
+    seed: int | None = None
+    """first seed (default: all seeds that both artifacts hold); it names the initial weights, see srpo_critic.py"""
+    num_seeds: int | None = None
+    """seeds trained at once: seed, seed + 1, ..."""
+    critic: str | None = None
+    """artifact of stage 1 (default: critic.pt in the run's folder)"""
+    behavior: str | None = None
+    """artifact of stage 2 (default: behavior.pt in the run's folder)"""
+    beta: tuple[float, ...] = ()
+    """temperature of Eq. 15, or several: each trains its own policy (default: the paper's for the task)"""
+    weight: str = "sigma2"
+    """w(t) of Eq. 15: sigma2, one, alpha_over_sigma; or t=T: the time fixed at T with weight alpha_T / sigma_T"""
+    baseline: bool = True
+    """subtract eps in Eq. 15, which leaves its mean alone"""
+    q_grad_norm: Literal["none", "rms", "l2"] | None = None
+    """divide Q's gradient by this norm of itself (default: the paper's for the task)"""
+    hidden_layers: int | None = None
+    """hidden layers of the policy (default: the paper's for the task)"""
+    steps: int = 1_000_000
+    """gradient steps"""
+    batch_size: int = 256
+    """states per step and replica"""
+    lr: float = 3e-4
+    """learning rate of Adam, on a cosine to 0 at the last step"""
+    eval_every: int = 50_000
+    """steps between evaluations (0: never)"""
+    eval_episodes: int = 20
+    """episodes per evaluation and replica"""
+    eval_workers: int = os.cpu_count()
+    """processes that evaluate"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA when there is one"""
+    tf32: bool = True
+    """TF32 matrix products on CUDA"""
+    resume: bool = False
+    """go on from the last checkpoint, if there is one"""
+    checkpoint_every: int = 50_000
+    """steps between checkpoints"""
+    log_every: int = 1_000
+    """steps between log lines"""
+    track: bool = False
+    """log to Weights & Biases, one run per replica"""
+    wandb_project_name: str = "srpo"
+    """W&B project"""
+    wandb_entity: str | None = None
+    """W&B team"""
+
+
+STAGE = "actor"
+METRICS = ("losses/actor_loss", "values/q_mean", "values/q_grad_norm")
+MAY_CHANGE = {"critic", "behavior", "out_dir", "run_name", "device", "tf32", "resume", "checkpoint_every", "track"}  # on --resume
+MAY_CHANGE |= {"eval_every", "eval_episodes", "eval_workers"}
+
+
+class Task(NamedTuple):
+    data: str  # Minari ids; Minari has no medium-replay sets
+    expectile: float
+    beta: float
+    hidden_layers: int
+    q_grad_norm: str
+
+
+TASKS = {  # Appendix C and Table 2 of the paper
+    "halfcheetah-medium-expert": Task("mujoco/halfcheetah/medium-v0+mujoco/halfcheetah/expert-v0", 0.7, 0.01, 2, "none"),
+    "halfcheetah-medium": Task("mujoco/halfcheetah/medium-v0", 0.7, 0.2, 2, "none"),
+    "halfcheetah-medium-replay": Task("", 0.7, 0.2, 2, "none"),
+    "hopper-medium-expert": Task("mujoco/hopper/medium-v0+mujoco/hopper/expert-v0", 0.7, 0.01, 2, "none"),
+    "hopper-medium": Task("mujoco/hopper/medium-v0", 0.7, 0.05, 2, "none"),
+    "hopper-medium-replay": Task("", 0.7, 0.2, 2, "none"),
+    "walker2d-medium-expert": Task("mujoco/walker2d/medium-v0+mujoco/walker2d/expert-v0", 0.7, 0.1, 2, "none"),
+    "walker2d-medium": Task("mujoco/walker2d/medium-v0", 0.7, 0.05, 2, "none"),
+    "walker2d-medium-replay": Task("", 0.7, 0.5, 2, "none"),
+    "antmaze-umaze": Task("D4RL/antmaze/umaze-v1", 0.9, 0.02, 4, "rms"),
+    "antmaze-umaze-diverse": Task("D4RL/antmaze/umaze-diverse-v1", 0.9, 0.04, 4, "rms"),
+    "antmaze-medium-play": Task("D4RL/antmaze/medium-play-v1", 0.9, 0.08, 4, "rms"),
+    "antmaze-medium-diverse": Task("D4RL/antmaze/medium-diverse-v1", 0.9, 0.05, 4, "rms"),
+    "antmaze-large-play": Task("D4RL/antmaze/large-play-v1", 0.9, 0.06, 4, "rms"),
+    "antmaze-large-diverse": Task("D4RL/antmaze/large-diverse-v1", 0.9, 0.05, 4, "rms"),
+}
+OTHER_TASK, OTHER_MAZE = Task("", 0.7, 0.05, 2, "none"), Task("", 0.9, 0.05, 4, "rms")  # ours, for any other data set
+D4RL_SCORES = {  # returns that score 0 and 100: a random and an expert policy's
+    "Hopper": (-20.272305, 3234.3),
+    "HalfCheetah": (-280.178953, 12135.0),
+    "Walker2d": (1.629008, 4592.3),
+}
+
+
+def flatten(obs):
+    """One float32 vector per observation; a dictionary's parts are joined in the order of their sorted keys."""
+    if isinstance(obs, dict):
+        return np.concatenate([flatten(obs[key]) for key in sorted(obs)], axis=-1)
+    return np.asarray(obs, np.float32)
+
+
+def reached(obs):
+    """Whether maze observations are at their goal, by the distance that the environments call success."""
+    return np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1) <= 0.45
+
+
+def leaves(space):
+    """The plain spaces of a nested dictionary space."""
+    return [leaf for part in space.values() for leaf in leaves(part)] if isinstance(space, gym.spaces.Dict) else [space]
+
+
+def load_dataset(env, dataset, device):
+    """Logged transitions of one or several Minari data sets.
+
+    Returns data, float32 tensors on the device: obs [N, S], action [N, A] in [-1, 1], reward [N] (scaled as in the
+    paper), next_obs [N, S], terminal [N] (0 at a time-out); and info, what the other stages must know of the task.
+    Exits with one line if there are no such data or they do not suit.
+    """
+    ids = (dataset or (TASKS[env].data if env in TASKS else env)).split("+")
+    if ids == [""]:
+        sys.exit(f"error: Minari has no data set for {env}: name one with --dataset")
+    try:
+        sets = [minari.load_dataset(id) for id in ids]
+    except (FileNotFoundError, ValueError) as e:
+        near = difflib.get_close_matches(env, TASKS)
+        hint = f" (nearest tasks of the paper: {', '.join(near)})" if near and env not in TASKS else ""
+        sys.exit(f"error: {str(e).partition('. ')[0]}{hint}: try `minari download {' '.join(ids)}`")
+    spec, action_space = sets[0].env_spec, sets[0].action_space
+    low, high = getattr(action_space, "low", None), getattr(action_space, "high", None)
+    for space in [action_space, *leaves(sets[0].observation_space)]:
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            sys.exit(f"error: {env} has a {type(space).__name__}{space.shape} space: only vectors of real numbers are supported")
+    if not np.isfinite([low, high]).all():
+        sys.exit(f"error: {env} has an unbounded action space: give its data set the bounds that a policy must keep")
+
+    maze = spec is not None and "Maze" in spec.id
+    episodes, scores = [], []
+    for episode in (episode for d in sets for episode in d):
+        T, obs, terminal = len(episode.rewards), flatten(episode.observations), episode.terminations
+        scores.append(episode.rewards.sum())
+        if maze:  # the recording goes on after success, the task ends there
+            terminal = reached(episode.observations)[1:]
+            scores[-1] = terminal.any()
+            T = int(terminal.argmax()) + 1 if terminal.any() else T
+        action = 2 * (episode.actions[:T] - low) / (high - low) - 1
+        episodes.append((obs[:T], action, episode.rewards[:T], obs[1 : T + 1], terminal[:T]))
+    if not sum(len(episode[0]) for episode in episodes):
+        sys.exit(f"error: {'+'.join(ids)} is empty")
+    columns = [np.concatenate(column, dtype=np.float32) for column in zip(*episodes)]
+    data = dict(zip(("obs", "action", "reward", "next_obs", "terminal"), columns))
+    for name, column in data.items():
+        if not np.isfinite(column).all():
+            sys.exit(f"error: {'+'.join(ids)} has values in {name} that are not finite")
+    if maze:
+        data["reward"] -= 1
+    elif max(scores) > min(scores):
+        data["reward"] *= 1000 / (max(scores) - min(scores))
+
+    meta = sets[0].storage.metadata
+    reference = (0.0, 1.0) if maze else (meta.get("ref_min_score"), meta.get("ref_max_score"))  # mazes: success rate
+    if None in reference:
+        reference = D4RL_SCORES.get(spec.id.partition("-")[0] if spec else None, (0.0, 100.0))  # else: the return itself
+    checksum = 0
+    for column in columns:
+        checksum = zlib.crc32(column, checksum)
+    info = {
+        "env": env,
+        "environment": spec and {"id": spec.id, "kwargs": spec.kwargs, "max_episode_steps": spec.max_episode_steps},
+        "maze": maze,
+        "state_dim": data["obs"].shape[1],
+        "action_low": low.tolist(),
+        "action_high": high.tolist(),
+        "reference": reference,
+        "data_score": 100 * (float(np.mean(scores)) - reference[0]) / (reference[1] - reference[0]),
+        "fingerprint": [len(data["obs"]), checksum],
+    }
+    print(f"{env}: {len(data['obs']):,} transitions of {len(scores):,} episodes, score {info['data_score']:.1f}")
+    return {name: torch.from_numpy(column).to(device) for name, column in data.items()}, info
+
+
+class Linear(nn.Module):
+    """R independent nn.Linear layers: x [R, B, n_in] -> [R, B, n_out], each drawn from its own generator as nn.Linear is."""
+
+    def __init__(self, n_in, n_out, generators):
+        super().__init__()
+        bound = n_in**-0.5
+        draws = [[torch.empty(*shape).uniform_(-bound, bound, generator=g) for shape in ((n_out, n_in), (1, n_out))] for g in generators]
+        self.weight = nn.Parameter(torch.stack([weight.T for weight, _ in draws]))  # [R, n_in, n_out]
+        self.bias = nn.Parameter(torch.stack([bias for _, bias in draws]))  # [R, 1, n_out]
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+def mlp(sizes, generators):
+    """R multilayer perceptrons with ReLU between their layers."""
+    layers = [layer for n_in, n_out in zip(sizes, sizes[1:]) for layer in (Linear(n_in, n_out, generators), nn.ReLU(inplace=True))]
+    return nn.Sequential(*layers[:-1])
+
+
+class TwinQ(nn.Module):
+    """Q1 and Q2 of R replicas, one network of 2R: s [R, B, S], a [R, B, A] -> [R, 2, B]."""
+
+    def __init__(self, state_dim, action_dim, generators):
+        super().__init__()
+        self.net = mlp([action_dim + state_dim, 256, 256, 1], [g for g in generators for _ in range(2)])
+
+    def forward(self, s, a):
+        x = torch.cat([a, s], dim=-1).repeat_interleave(2, dim=0)  # [2R, B, A + S]
+        return self.net(x).view(-1, 2, x.shape[1])
+
+
+class LayerNorm(nn.Module):
+    """R independent nn.LayerNorm layers: x [R, B, n] -> [R, B, n]."""
+
+    def __init__(self, n, replicas):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(replicas, 1, n)), nn.Parameter(torch.zeros(replicas, 1, n))
+
+    def forward(self, x):
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:]), self.weight)
+
+
+class BehaviorModel(nn.Module):
+    """eps_psi(a_t | s, t), the noise in a_t: a_t [R, B, A], s [R, B, S], t [R, B, 1] -> [R, B, A]."""
+
+    def __init__(self, state_dim, action_dim, generators):
+        super().__init__()
+        R = len(generators)
+        self.register_buffer("W", 30 * torch.stack([torch.randn(1, 32, generator=g) for g in generators]))  # never trained
+        self.time = nn.Sequential(Linear(64, 128, generators), nn.Mish(), Linear(128, 128, generators))
+        self.first = Linear(action_dim + state_dim + 128, 256, generators)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Dropout(0.1), LayerNorm(256, R), Linear(256, 1024, generators), nn.Mish(), Linear(1024, 256, generators))
+            for _ in range(3)
+        )
+        self.last = Linear(256, action_dim, generators)
+
+    def forward(self, a_t, s, t):
+        phase = 2 * torch.pi * self.W * t  # [R, B, 32]
+        time = self.time(torch.cat([phase.sin(), phase.cos()], dim=-1))
+        x = self.first(torch.cat([a_t, s, time], dim=-1))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(F.mish(x))
+
+
+BETA_0, BETA_1 = 0.1, 20.0
+
+
+def alpha_sigma(t):
+    """The VPSDE's noise schedule: a_t = alpha a + sigma eps."""
+    log_alpha = -(BETA_1 - BETA_0) / 4 * t**2 - BETA_0 / 2 * t
+    return log_alpha.exp(), (1 - torch.exp(2 * log_alpha)).sqrt()
+
+
+WEIGHTS = {
+    "sigma2": lambda alpha, sigma: sigma**2,
+    "one": lambda alpha, sigma: torch.ones_like(sigma),
+    "alpha_over_sigma": lambda alpha, sigma: alpha / sigma,
+}
+
+
+def actor_loss(policy, q, eps_psi, s, t, eps, beta, w, baseline, q_grad_norm):
+    """Its gradient is Eq. 15 times -beta, the gradient of Eq. 14's surrogate.
+
+    s [R, B, S], t [R, B, 1], eps [R, B, A], beta [R, 1, 1]; q(s, a) -> [R, B] and eps_psi(a_t, s, t) -> [R, B, A] are
+    frozen. Returns the loss [R], Q [R, B] and the norm of its gradient [R, B, 1].
+    """
+    a = policy(s)
+    alpha, sigma = alpha_sigma(t)
+    with torch.no_grad():
+        score_error = eps_psi(alpha * a + sigma * eps, s, t) - (eps if baseline else 0)
+    leaf = a.detach().requires_grad_()
+    value = q(s, leaf)
+    g = torch.autograd.grad(value.sum(), leaf)[0]  # grad_a Q(s, a) at a = policy(s)
+    norm = g.norm(dim=-1, keepdim=True)
+    if q_grad_norm == "l2":
+        g = g / (norm + 1e-8)
+    elif q_grad_norm == "rms":
+        g = g / (norm / a.shape[-1] ** 0.5 + 1e-8)
+    bracket = w(alpha, sigma) * score_error - beta * g
+    return (bracket.detach() * a).sum(dim=-1).mean(dim=-1), value.detach(), norm
+
+
+def make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, start):
+    """The training step, a closure without arguments that stays on the device; draw() gives states, times and noise."""
+    fixed_t = args.weight.startswith("t=")
+    w = WEIGHTS["alpha_over_sigma" if fixed_t else args.weight]
+    done = torch.full((), float(start), device=window.device)  # steps taken
+    S = len(behavior.W)
+
+    def fold(x):  # [R, B, n] -> [S, K B, n]: the K betas of a seed share its frozen networks
+        return x.reshape(S, -1, x.shape[-1])
+
+    def q(s, a):
+        return q_target(fold(s), fold(a)).mean(dim=1).view(a.shape[:-1])  # the mean of both target heads
+
+    def eps_psi(a_t, s, t):
+        return behavior(fold(a_t), fold(s), fold(t)).view_as(a_t)
+
+    def update():
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.param_groups[0]["lr"].copy_(args.lr * (1 + torch.cos(torch.pi * done / args.steps)) / 2)
+        done.add_(1)
+        loss, value, norm = actor_loss(policy, q, eps_psi, *draw(), beta, w, args.baseline, args.q_grad_norm)
+        loss.sum().backward()  # replicas share no parameters
+        optimizer.step()
+        with torch.no_grad():
+            window.add_(torch.stack([loss, value.mean(dim=-1), norm.mean(dim=(1, 2))]))
+
+    return update
+
+
+def sample(data, replicas, batch_size):
+    """Rows of data drawn with replacement, for each replica its own: list of [R, B, ...]."""
+    x = next(iter(data.values()))
+    index = torch.randint(len(x), (replicas, batch_size), device=x.device)
+    return [x[index] for x in data.values()]
+
+
+def sample_noise(a, t_min, t_max):
+    """Times and noise for actions a [R, B, A]: t uniform [R, B, 1], eps standard normal [R, B, A]."""
+    return torch.empty_like(a[..., :1]).uniform_(t_min, t_max), torch.randn_like(a)
+
+
+def make_act(weights, info):
+    """The policy in NumPy: act(obs) -> action in the environment's units, for one observation or a batch of them."""
+    low, high = np.float32(info["action_low"]), np.float32(info["action_high"])
+
+    def act(obs):
+        x = flatten(obs)
+        for weight, bias in weights[:-1]:
+            x = np.maximum(x @ weight + bias, 0)
+        weight, bias = weights[-1]
+        return low + (high - low) * (np.tanh(x @ weight + bias) + 1) / 2
+
+    return act
+
+
+def policy_weights(state_dict, replica):
+    """One replica's layers as NumPy arrays: list of (weight [n_in, n_out], bias [n_out])."""
+    tensors = [tensor[replica].cpu().numpy() for tensor in state_dict.values()]
+    return [(weight, bias[0]) for weight, bias in zip(tensors[::2], tensors[1::2])]
+
+
+def make_env(environment):
+    """The environment that the data came from, without their recording's wrappers."""
+    if environment["id"] not in gym.registry:
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about other environments
+            import gymnasium_robotics
+        gym.register_envs(gymnasium_robotics)
+    limit = environment["max_episode_steps"]
+    return gym.make(environment["id"], max_episode_steps=limit, disable_env_checker=True, **environment["kwargs"])
+
+
+def rollout(act, make_env, seeds):
+    """One episode per seed, in lockstep: act(obs [n, S]) -> [n, A]. Returns [n, 3]: return, success, length."""
+    envs = [make_env() for _ in seeds]
+    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
+    result, running = np.zeros((len(seeds), 3)), list(range(len(seeds)))
+    while running:
+        for i, action in zip(list(running), act(np.stack([flatten(obs[i]) for i in running]))):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
+            success = isinstance(obs[i], dict) and reached(obs[i])
+            result[i] += reward, success, 1
+            if terminated or truncated or success:
+                running.remove(i)
+    for env in envs:
+        env.close()
+    return result
+
+
+def run_chunk(weights, info, seeds):
+    """What a worker does."""
+    return rollout(make_act(weights, info), lambda: make_env(info["environment"]), seeds)
+
+
+def evaluate(pool, policies, info, seeds):
+    """Scores of policies over one episode per seed: dict of arrays [policies, seeds]. Chunks of fixed size, so that the
+    number of workers changes nothing."""
+    chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]
+    jobs = [pool.submit(run_chunk, policy, info, chunk) for policy in policies for chunk in chunks]
+    result = np.concatenate([job.result() for job in jobs]).reshape(len(policies), len(seeds), 3)
+    returns, success, length = np.moveaxis(result, -1, 0)
+    low, high = info["reference"]
+    score = 100 * ((success if info["maze"] else returns) - low) / (high - low)
+    return {"eval/score": score, "eval/return": returns, "eval/success": success, "eval/episode_length": length}
+
+
+def start_workers(workers):
+    """Processes of one thread each, started when first used."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # for their NumPy; this process has read it already
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def setup(args):
+    """Refuse values that make no sense, fill in the run's name; returns the device."""
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, tuple) else (value,):
+            if type(x) in (int, float) and not (0 < x < float("inf") or x == 0 and name in ("seed", "eval_every")):
+                sys.exit(f"error: --{name.replace('_', '-')} {x}: must be positive")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
+    if args.env.removesuffix("-v2") in TASKS:
+        args.env = args.env.removesuffix("-v2")
+    args.run_name = args.run_name or args.env.replace("/", "-")
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def save(content, path):
+    """Written beside and renamed, so that a crash leaves the previous file whole."""
+    torch.save(content, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def save_checkpoint(path, args, info, step, model, optimizer, window):
+    """All that the next step depends on."""
+    rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if window.is_cuda else [])
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "window": window, "rng": rng}
+    save({"args": asdict(args), "fingerprint": info["fingerprint"], "step": step, **state}, path)
+
+
+def load_checkpoint(path, args, info, model, optimizer, window):
+    """Put everything back in place; returns the step to go on from."""
+    state = torch.load(path, map_location=window.device, weights_only=True)
+    for name, value in asdict(args).items():
+        if name not in MAY_CHANGE and state["args"][name] != value:
+            sys.exit(f"error: {path} was written with {name} = {state['args'][name]}, not {value}: resume with the same")
+    if state["fingerprint"] != info["fingerprint"]:
+        sys.exit(f"error: {path} was written on other data: resume with the same --dataset")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    window.copy_(state["window"])
+    torch.set_rng_state(state["rng"][0].cpu())
+    if window.is_cuda:
+        torch.cuda.set_rng_state(state["rng"][1].cpu())
+    return state["step"]
+
+
+def open_run(args):
+    """The run's folder. Sets the artifact of a finished run aside; with --resume a finished run is left as it is."""
+    folder = Path(args.out_dir, args.run_name)
+    artifact, checkpoint = folder / f"{STAGE}.pt", folder / f"{STAGE}.ckpt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        sys.exit(f"error: cannot write to {folder} ({e.strerror}): name another place with --out-dir")
+    if not os.access(folder, os.W_OK):
+        sys.exit(f"error: cannot write to {folder}: name another place with --out-dir")
+    if args.resume and artifact.exists() and not checkpoint.exists():
+        print(f"{artifact} is finished, nothing to resume")
+        sys.exit(0)
+    if artifact.exists() and not args.resume:
+        date = time.strftime("%Y%m%d-%H%M%S", time.localtime(artifact.stat().st_mtime))
+        for file in (artifact, artifact.with_suffix(".jsonl")):
+            if file.exists():
+                print(f"{file} of an earlier run is kept as {file.rename(file.with_stem(f'{STAGE}-{date}')).name}")
+    return folder
+
+
+class Logger:
+    """<stage>.jsonl, one line per call, with one value per replica; with --track also one W&B run per replica."""
+
+    def __init__(self, args, folder, replicas, step):
+        path = folder / f"{STAGE}.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if step else []
+        self.file = open(path, "w")
+        self.file.writelines(line for line in lines if json.loads(line)["step"] <= step)
+        self.replicas, self.start, self.runs = replicas, time.time(), []
+        if args.track:
+            import wandb
+
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": folder}
+            for replica in replicas:
+                name = "-".join([args.run_name, STAGE] + [f"{key}{value}" for key, value in replica.items()])
+                run = {"group": args.run_name, "job_type": STAGE, "name": name, "config": asdict(args) | replica}
+                self.runs.append(wandb.init(**where, **run, reinit="create_new"))
+
+    def log(self, step, metrics):
+        """metrics: name -> list of one value per replica, or one value for all."""
+        columns = {key: [replica[key] for replica in self.replicas] for key in self.replicas[0]}
+        line = {"step": step, "seconds": round(time.time() - self.start, 2), **columns, **metrics}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for i, run in enumerate(self.runs):
+            run.log({name: value[i] if isinstance(value, list) else value for name, value in metrics.items()}, step=step)
+
+    def close(self):
+        self.file.close()
+        for run in self.runs:
+            run.finish()
+
+
+def load_artifact(path, stage, remedy):
+    """A stage's artifact as a dictionary, or one line that says what to run."""
+    if not path.exists():
+        sys.exit(f"error: {path} does not exist: {remedy} first")
+    try:
+        artifact = torch.load(path, map_location="cpu", weights_only=True)
+        found = (artifact["stage"], artifact["format"])
+    except Exception as e:  # whatever a damaged or foreign file makes of torch.load
+        sys.exit(f"error: {path} cannot be read as an artifact ({type(e).__name__}): {remedy} again")
+    if found != (stage, 1):
+        sys.exit(f"error: {path} holds stage {found[0]}, format {found[1]}, not {stage}, format 1: {remedy}")
+    return artifact
+
+
+def select(weights, have, want, prefix=""):
+    """The wanted seeds' part of an artifact's weights, whose leading axis holds one network per seed, or two."""
+    index = [have.index(seed) for seed in want]
+    weights = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+    return {name: x.view(len(have), -1, *x.shape[1:])[index].flatten(0, 1) for name, x in weights.items()}
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    device = setup(args)
+    if args.weight not in WEIGHTS and not re.fullmatch(r"t=0?\.\d*[1-9]\d*", args.weight):
+        sys.exit(f"error: --weight {args.weight}: must be one of {', '.join(WEIGHTS)} or t=T with T between 0 and 1")
+    data, info = load_dataset(args.env, args.dataset, device)
+    data = {"obs": data["obs"]}
+    S, A = info["state_dim"], len(info["action_low"])
+    task = TASKS.get(args.env, OTHER_MAZE if info["maze"] else OTHER_TASK)
+    args.beta = args.beta or (task.beta,)
+    args.q_grad_norm = args.q_grad_norm or task.q_grad_norm
+    args.hidden_layers = args.hidden_layers or task.hidden_layers
+    print(f"beta {args.beta}, weight {args.weight}, Q-gradient norm {args.q_grad_norm}, {args.hidden_layers} hidden layers")
+    print(f"{args.steps:,} steps of {args.batch_size} on {device}")
+
+    folder = Path(args.out_dir, args.run_name)
+    artifacts = {}
+    for stage, path in (("critic", args.critic), ("behavior", args.behavior)):
+        path, remedy = Path(path or folder / f"{stage}.pt"), f"run `python srpo_{stage}.py --env {args.env}`"
+        artifacts[stage] = load_artifact(path, stage, remedy)
+        for name in ("env", "state_dim", "action_low", "action_high", "fingerprint"):
+            if artifacts[stage][name] != info[name]:
+                there, here = artifacts[stage][name], info[name]
+                sys.exit(f"error: {path} was trained with {name} = {there}, the data now have {here}: {remedy}")
+    critic, behavior = artifacts.values()
+    shared = [seed for seed in critic["seeds"] if seed in behavior["seeds"]]
+    seeds = shared
+    if args.seed is not None or args.num_seeds is not None:
+        seeds = list(range(args.seed or 0, (args.seed or 0) + (args.num_seeds or 1)))
+    if not seeds or not set(seeds) <= set(shared):
+        have = f"critic has seeds {critic['seeds']}, behavior {behavior['seeds']}"
+        sys.exit(f"error: {have}, wanted {seeds or 'some of both'}: train the missing ones with --seed and --num-seeds")
+
+    torch.manual_seed(seeds[0])
+    replicas = [{"seed": seed, "beta": beta} for seed in seeds for beta in args.beta]
+    beta = torch.tensor([replica["beta"] for replica in replicas], device=device).view(-1, 1, 1)  # [R, 1, 1]
+    generators = [torch.Generator().manual_seed(replica["seed"]) for replica in replicas]
+    policy = mlp([S] + [256] * args.hidden_layers + [A], generators).append(nn.Tanh()).to(device)
+    q_target = TwinQ(S, A, generators[: len(seeds)]).to(device).requires_grad_(False)
+    q_target.load_state_dict(select(critic["weights"], critic["seeds"], seeds, "q_target."))
+    behavior_model = BehaviorModel(S, A, generators[: len(seeds)]).to(device).requires_grad_(False).eval()  # without dropout
+    behavior_model.load_state_dict(select(behavior["weights"], behavior["seeds"], seeds))
+    lr = torch.tensor(args.lr, device=device)  # on the device, where the update sets it
+    optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=True, capturable=device.type == "cuda")
+    window = torch.zeros(len(METRICS), len(replicas), device=device)  # sums over the steps since the last log line
+
+    folder = open_run(args)
+    checkpoint = folder / f"{STAGE}.ckpt"
+    start = 0
+    if args.resume and checkpoint.exists():
+        start = load_checkpoint(checkpoint, args, info, policy, optimizer, window)
+        print(f"resumed at step {start:,}")
+    logger = Logger(args, folder, replicas, start)
+    pool = start_workers(args.eval_workers)
+    if args.eval_every and not info["environment"]:
+        print("the data set names no environment: no evaluation")
+        args.eval_every = 0
+
+    def draw():
+        (s,) = sample(data, len(replicas), args.batch_size)
+        t, eps = sample_noise(s.new_empty(*s.shape[:2], A), 0.02, 0.98)
+        return s, t.fill_(float(args.weight[2:])) if args.weight.startswith("t=") else t, eps
+
+    update = make_update(args, policy, q_target, behavior_model, optimizer, beta, draw, window, start)
+
+    clock, bar = time.time(), tqdm(total=args.steps, initial=start, desc=STAGE)
+    for step in range(start + 1, args.steps + 1):
+        update()
+        metrics = {}
+        if step % args.log_every == 0 or step == args.steps:
+            n = step % args.log_every or args.log_every
+            metrics = dict(zip(METRICS, (window / n).tolist()))
+            window.zero_()
+            bar.set_postfix({name.split("/")[1]: f"{np.mean(x):.3g}" for name, x in metrics.items()}, refresh=False)
+            bar.update(step - bar.n)
+            metrics |= {"charts/SPS": n / (time.time() - clock), "charts/learning_rate": optimizer.param_groups[0]["lr"].item()}
+            clock = time.time()
+        if args.eval_every and (step % args.eval_every == 0 or step == args.steps):
+            policies = [policy_weights(policy.state_dict(), r) for r in range(len(replicas))]
+            result = evaluate(pool, policies, info, range(args.eval_episodes))
+            metrics |= {name: x.mean(axis=-1).tolist() for name, x in result.items()}
+            bar.set_description(f"{STAGE}, score {np.mean(metrics['eval/score']):.1f}")
+        if metrics:
+            logger.log(step, metrics)
+        if step % args.checkpoint_every == 0 and step < args.steps:
+            save_checkpoint(checkpoint, args, info, step, policy, optimizer, window)
+    bar.close()
+    logger.close()
+    pool.shutdown()
+
+    labels = {"seeds": [replica["seed"] for replica in replicas], "betas": [replica["beta"] for replica in replicas]}
+    artifact = {"stage": STAGE, "format": 1, **info, **labels, "args": asdict(args), "weights": policy.state_dict()}
+    save(artifact, folder / f"{STAGE}.pt")
+    checkpoint.unlink(missing_ok=True)
+    print(f"saved {folder / STAGE}.pt")

@@ -1,0 +1,424 @@
+"""Stage 1 of SRPO: an IQL critic from logged data.
+
+Implicit Q-learning (Kostrikov et al., 2022) as in Score Regularized Policy Optimization (Chen et al., ICLR 2024):
+V climbs to an upper expectile of Q over the data's actions (Eq. 11), Q backs V up (Eq. 12). No policy is needed.
+
+    python srpo_critic.py --env hopper-medium --num-seeds 6      # -> runs/hopper-medium/critic.pt
+
+Every tensor of the networks has a leading replica axis R: all seeds train at once, each on its own minibatches.
+"""
+
+import copy
+import difflib
+import json
+import os
+import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import minari
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env: str
+    """task of the paper (hopper-medium, antmaze-umaze, ...) or id of a Minari data set"""
+    dataset: str | None = None
+    """Minari data set to train on instead of the task's own; several joined with +"""
+    run_name: str | None = None
+    """files go to <out-dir>/<run-name> (default: the task's name)"""
+    out_dir: str = "runs"
+    """where the runs are kept"""
+    seed: int = 0
+    """first seed; it names the initial weights, while the minibatches also depend on how many replicas run beside it"""
+    num_seeds: int = 1
+    """seeds trained at once: seed, seed + 1, ..."""
+    steps: int = 1_500_000
+    """gradient steps"""
+    batch_size: int = 256
+    """transitions per step and replica"""
+    lr: float = 3e-4
+    """learning rate of Adam"""
+    expectile: float | None = None
+    """expectile of Eq. 11 (default: the paper's for the task)"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """Polyak step of the target Qs"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA when there is one"""
+    tf32: bool = True
+    """TF32 matrix products on CUDA"""
+    resume: bool = False
+    """go on from the last checkpoint, if there is one"""
+    checkpoint_every: int = 50_000
+    """steps between checkpoints"""
+    log_every: int = 1_000
+    """steps between log lines"""
+    track: bool = False
+    """log to Weights & Biases, one run per replica"""
+    wandb_project_name: str = "srpo"
+    """W&B project"""
+    wandb_entity: str | None = None
+    """W&B team"""
+
+
+STAGE = "critic"
+METRICS = ("losses/v_loss", "losses/q_loss", "values/v_mean", "values/q_mean", "values/q_max")
+MAY_CHANGE = {"steps", "out_dir", "run_name", "device", "tf32", "resume", "checkpoint_every", "track"}  # on --resume
+
+
+class Task(NamedTuple):
+    data: str  # Minari ids; Minari has no medium-replay sets
+    expectile: float
+    beta: float
+    hidden_layers: int
+    q_grad_norm: str
+
+
+TASKS = {  # Appendix C and Table 2 of the paper
+    "halfcheetah-medium-expert": Task("mujoco/halfcheetah/medium-v0+mujoco/halfcheetah/expert-v0", 0.7, 0.01, 2, "none"),
+    "halfcheetah-medium": Task("mujoco/halfcheetah/medium-v0", 0.7, 0.2, 2, "none"),
+    "halfcheetah-medium-replay": Task("", 0.7, 0.2, 2, "none"),
+    "hopper-medium-expert": Task("mujoco/hopper/medium-v0+mujoco/hopper/expert-v0", 0.7, 0.01, 2, "none"),
+    "hopper-medium": Task("mujoco/hopper/medium-v0", 0.7, 0.05, 2, "none"),
+    "hopper-medium-replay": Task("", 0.7, 0.2, 2, "none"),
+    "walker2d-medium-expert": Task("mujoco/walker2d/medium-v0+mujoco/walker2d/expert-v0", 0.7, 0.1, 2, "none"),
+    "walker2d-medium": Task("mujoco/walker2d/medium-v0", 0.7, 0.05, 2, "none"),
+    "walker2d-medium-replay": Task("", 0.7, 0.5, 2, "none"),
+    "antmaze-umaze": Task("D4RL/antmaze/umaze-v1", 0.9, 0.02, 4, "rms"),
+    "antmaze-umaze-diverse": Task("D4RL/antmaze/umaze-diverse-v1", 0.9, 0.04, 4, "rms"),
+    "antmaze-medium-play": Task("D4RL/antmaze/medium-play-v1", 0.9, 0.08, 4, "rms"),
+    "antmaze-medium-diverse": Task("D4RL/antmaze/medium-diverse-v1", 0.9, 0.05, 4, "rms"),
+    "antmaze-large-play": Task("D4RL/antmaze/large-play-v1", 0.9, 0.06, 4, "rms"),
+    "antmaze-large-diverse": Task("D4RL/antmaze/large-diverse-v1", 0.9, 0.05, 4, "rms"),
+}
+OTHER_TASK, OTHER_MAZE = Task("", 0.7, 0.05, 2, "none"), Task("", 0.9, 0.05, 4, "rms")  # ours, for any other data set
+D4RL_SCORES = {  # returns that score 0 and 100: a random and an expert policy's
+    "Hopper": (-20.272305, 3234.3),
+    "HalfCheetah": (-280.178953, 12135.0),
+    "Walker2d": (1.629008, 4592.3),
+}
+
+
+def flatten(obs):
+    """One float32 vector per observation; a dictionary's parts are joined in the order of their sorted keys."""
+    if isinstance(obs, dict):
+        return np.concatenate([flatten(obs[key]) for key in sorted(obs)], axis=-1)
+    return np.asarray(obs, np.float32)
+
+
+def reached(obs):
+    """Whether maze observations are at their goal, by the distance that the environments call success."""
+    return np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1) <= 0.45
+
+
+def leaves(space):
+    """The plain spaces of a nested dictionary space."""
+    return [leaf for part in space.values() for leaf in leaves(part)] if isinstance(space, gym.spaces.Dict) else [space]
+
+
+def load_dataset(env, dataset, device):
+    """Logged transitions of one or several Minari data sets.
+
+    Returns data, float32 tensors on the device: obs [N, S], action [N, A] in [-1, 1], reward [N] (scaled as in the
+    paper), next_obs [N, S], terminal [N] (0 at a time-out); and info, what the other stages must know of the task.
+    Exits with one line if there are no such data or they do not suit.
+    """
+    ids = (dataset or (TASKS[env].data if env in TASKS else env)).split("+")
+    if ids == [""]:
+        sys.exit(f"error: Minari has no data set for {env}: name one with --dataset")
+    try:
+        sets = [minari.load_dataset(id) for id in ids]
+    except (FileNotFoundError, ValueError) as e:
+        near = difflib.get_close_matches(env, TASKS)
+        hint = f" (nearest tasks of the paper: {', '.join(near)})" if near and env not in TASKS else ""
+        sys.exit(f"error: {str(e).partition('. ')[0]}{hint}: try `minari download {' '.join(ids)}`")
+    spec, action_space = sets[0].env_spec, sets[0].action_space
+    low, high = getattr(action_space, "low", None), getattr(action_space, "high", None)
+    for space in [action_space, *leaves(sets[0].observation_space)]:
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            sys.exit(f"error: {env} has a {type(space).__name__}{space.shape} space: only vectors of real numbers are supported")
+    if not np.isfinite([low, high]).all():
+        sys.exit(f"error: {env} has an unbounded action space: give its data set the bounds that a policy must keep")
+
+    maze = spec is not None and "Maze" in spec.id
+    episodes, scores = [], []
+    for episode in (episode for d in sets for episode in d):
+        T, obs, terminal = len(episode.rewards), flatten(episode.observations), episode.terminations
+        scores.append(episode.rewards.sum())
+        if maze:  # the recording goes on after success, the task ends there
+            terminal = reached(episode.observations)[1:]
+            scores[-1] = terminal.any()
+            T = int(terminal.argmax()) + 1 if terminal.any() else T
+        action = 2 * (episode.actions[:T] - low) / (high - low) - 1
+        episodes.append((obs[:T], action, episode.rewards[:T], obs[1 : T + 1], terminal[:T]))
+    if not sum(len(episode[0]) for episode in episodes):
+        sys.exit(f"error: {'+'.join(ids)} is empty")
+    columns = [np.concatenate(column, dtype=np.float32) for column in zip(*episodes)]
+    data = dict(zip(("obs", "action", "reward", "next_obs", "terminal"), columns))
+    for name, column in data.items():
+        if not np.isfinite(column).all():
+            sys.exit(f"error: {'+'.join(ids)} has values in {name} that are not finite")
+    if maze:
+        data["reward"] -= 1
+    elif max(scores) > min(scores):
+        data["reward"] *= 1000 / (max(scores) - min(scores))
+
+    meta = sets[0].storage.metadata
+    reference = (0.0, 1.0) if maze else (meta.get("ref_min_score"), meta.get("ref_max_score"))  # mazes: success rate
+    if None in reference:
+        reference = D4RL_SCORES.get(spec.id.partition("-")[0] if spec else None, (0.0, 100.0))  # else: the return itself
+    checksum = 0
+    for column in columns:
+        checksum = zlib.crc32(column, checksum)
+    info = {
+        "env": env,
+        "environment": spec and {"id": spec.id, "kwargs": spec.kwargs, "max_episode_steps": spec.max_episode_steps},
+        "maze": maze,
+        "state_dim": data["obs"].shape[1],
+        "action_low": low.tolist(),
+        "action_high": high.tolist(),
+        "reference": reference,
+        "data_score": 100 * (float(np.mean(scores)) - reference[0]) / (reference[1] - reference[0]),
+        "fingerprint": [len(data["obs"]), checksum],
+    }
+    print(f"{env}: {len(data['obs']):,} transitions of {len(scores):,} episodes, score {info['data_score']:.1f}")
+    return {name: torch.from_numpy(column).to(device) for name, column in data.items()}, info
+
+
+class Linear(nn.Module):
+    """R independent nn.Linear layers: x [R, B, n_in] -> [R, B, n_out], each drawn from its own generator as nn.Linear is."""
+
+    def __init__(self, n_in, n_out, generators):
+        super().__init__()
+        bound = n_in**-0.5
+        draws = [[torch.empty(*shape).uniform_(-bound, bound, generator=g) for shape in ((n_out, n_in), (1, n_out))] for g in generators]
+        self.weight = nn.Parameter(torch.stack([weight.T for weight, _ in draws]))  # [R, n_in, n_out]
+        self.bias = nn.Parameter(torch.stack([bias for _, bias in draws]))  # [R, 1, n_out]
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+def mlp(sizes, generators):
+    """R multilayer perceptrons with ReLU between their layers."""
+    layers = [layer for n_in, n_out in zip(sizes, sizes[1:]) for layer in (Linear(n_in, n_out, generators), nn.ReLU(inplace=True))]
+    return nn.Sequential(*layers[:-1])
+
+
+class TwinQ(nn.Module):
+    """Q1 and Q2 of R replicas, one network of 2R: s [R, B, S], a [R, B, A] -> [R, 2, B]."""
+
+    def __init__(self, state_dim, action_dim, generators):
+        super().__init__()
+        self.net = mlp([action_dim + state_dim, 256, 256, 1], [g for g in generators for _ in range(2)])
+
+    def forward(self, s, a):
+        x = torch.cat([a, s], dim=-1).repeat_interleave(2, dim=0)  # [2R, B, A + S]
+        return self.net(x).view(-1, 2, x.shape[1])
+
+
+class Critic(nn.Module):
+    """Q, its target, and V: s [R, B, S] -> [R, B, 1]."""
+
+    def __init__(self, state_dim, action_dim, generators):
+        super().__init__()
+        self.q = TwinQ(state_dim, action_dim, generators)
+        self.v = mlp([state_dim, 256, 256, 1], generators)
+        self.q_target = copy.deepcopy(self.q).requires_grad_(False)
+
+
+def expectile_loss(u, expectile):
+    """|expectile - 1(u < 0)| u^2, elementwise: its mean is least where u's expectile is zero."""
+    return torch.where(u < 0, 1 - expectile, expectile) * u**2
+
+
+def critic_loss(critic, s, a, r, s_next, terminal, gamma, expectile):
+    """Eq. 11 and Eq. 12. s, s_next [R, B, S], a [R, B, A], r, terminal [R, B] -> losses of V and Q [R], V [R, B], Q [R, B]."""
+    with torch.no_grad():
+        q_min = critic.q_target(s, a).min(dim=1).values  # [R, B]
+        q_backup = r + gamma * (1 - terminal) * critic.v(s_next).squeeze(-1)  # a time-out is not terminal: it bootstraps
+    v = critic.v(s).squeeze(-1)
+    v_loss = expectile_loss(q_min - v, expectile).mean(dim=-1)  # Eq. 11
+    q_loss = ((critic.q(s, a) - q_backup[:, None]) ** 2).mean(dim=(1, 2))  # Eq. 12, the mean of both heads
+    return v_loss, q_loss, v, q_min
+
+
+def make_update(args, critic, optimizer, draw, window):
+    """The training step, a closure without arguments that stays on the device; draw() gives the minibatch [R, B, ...]."""
+
+    def update():
+        optimizer.zero_grad(set_to_none=True)
+        v_loss, q_loss, v, q = critic_loss(critic, *draw(), args.gamma, args.expectile)
+        (v_loss + q_loss).sum().backward()  # replicas and networks share no parameters, so one backward serves all
+        optimizer.step()
+        with torch.no_grad():
+            for target, online in zip(critic.q_target.parameters(), critic.q.parameters()):
+                target.lerp_(online, args.tau)
+            window.add_(torch.stack([v_loss, q_loss, v.mean(dim=-1), q.mean(dim=-1), q.amax(dim=-1)]))
+
+    return update
+
+
+def sample(data, replicas, batch_size):
+    """Rows of data drawn with replacement, for each replica its own: list of [R, B, ...]."""
+    x = next(iter(data.values()))
+    index = torch.randint(len(x), (replicas, batch_size), device=x.device)
+    return [x[index] for x in data.values()]
+
+
+def setup(args):
+    """Refuse values that make no sense, fill in the run's name; returns the device."""
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, tuple) else (value,):
+            if type(x) in (int, float) and not (0 < x < float("inf") or x == 0 and name in ("seed", "eval_every")):
+                sys.exit(f"error: --{name.replace('_', '-')} {x}: must be positive")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
+    if args.env.removesuffix("-v2") in TASKS:
+        args.env = args.env.removesuffix("-v2")
+    args.run_name = args.run_name or args.env.replace("/", "-")
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def save(content, path):
+    """Written beside and renamed, so that a crash leaves the previous file whole."""
+    torch.save(content, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def save_checkpoint(path, args, info, step, model, optimizer, window):
+    """All that the next step depends on."""
+    rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if window.is_cuda else [])
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "window": window, "rng": rng}
+    save({"args": asdict(args), "fingerprint": info["fingerprint"], "step": step, **state}, path)
+
+
+def load_checkpoint(path, args, info, model, optimizer, window):
+    """Put everything back in place; returns the step to go on from."""
+    state = torch.load(path, map_location=window.device, weights_only=True)
+    for name, value in asdict(args).items():
+        if name not in MAY_CHANGE and state["args"][name] != value:
+            sys.exit(f"error: {path} was written with {name} = {state['args'][name]}, not {value}: resume with the same")
+    if state["fingerprint"] != info["fingerprint"]:
+        sys.exit(f"error: {path} was written on other data: resume with the same --dataset")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    window.copy_(state["window"])
+    torch.set_rng_state(state["rng"][0].cpu())
+    if window.is_cuda:
+        torch.cuda.set_rng_state(state["rng"][1].cpu())
+    return state["step"]
+
+
+def open_run(args):
+    """The run's folder. Sets the artifact of a finished run aside; with --resume a finished run is left as it is."""
+    folder = Path(args.out_dir, args.run_name)
+    artifact, checkpoint = folder / f"{STAGE}.pt", folder / f"{STAGE}.ckpt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        sys.exit(f"error: cannot write to {folder} ({e.strerror}): name another place with --out-dir")
+    if not os.access(folder, os.W_OK):
+        sys.exit(f"error: cannot write to {folder}: name another place with --out-dir")
+    if args.resume and artifact.exists() and not checkpoint.exists():
+        print(f"{artifact} is finished, nothing to resume")
+        sys.exit(0)
+    if artifact.exists() and not args.resume:
+        date = time.strftime("%Y%m%d-%H%M%S", time.localtime(artifact.stat().st_mtime))
+        for file in (artifact, artifact.with_suffix(".jsonl")):
+            if file.exists():
+                print(f"{file} of an earlier run is kept as {file.rename(file.with_stem(f'{STAGE}-{date}')).name}")
+    return folder
+
+
+class Logger:
+    """<stage>.jsonl, one line per call, with one value per replica; with --track also one W&B run per replica."""
+
+    def __init__(self, args, folder, replicas, step):
+        path = folder / f"{STAGE}.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if step else []
+        self.file = open(path, "w")
+        self.file.writelines(line for line in lines if json.loads(line)["step"] <= step)
+        self.replicas, self.start, self.runs = replicas, time.time(), []
+        if args.track:
+            import wandb
+
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": folder}
+            for replica in replicas:
+                name = "-".join([args.run_name, STAGE] + [f"{key}{value}" for key, value in replica.items()])
+                run = {"group": args.run_name, "job_type": STAGE, "name": name, "config": asdict(args) | replica}
+                self.runs.append(wandb.init(**where, **run, reinit="create_new"))
+
+    def log(self, step, metrics):
+        """metrics: name -> list of one value per replica, or one value for all."""
+        columns = {key: [replica[key] for replica in self.replicas] for key in self.replicas[0]}
+        line = {"step": step, "seconds": round(time.time() - self.start, 2), **columns, **metrics}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for i, run in enumerate(self.runs):
+            run.log({name: value[i] if isinstance(value, list) else value for name, value in metrics.items()}, step=step)
+
+    def close(self):
+        self.file.close()
+        for run in self.runs:
+            run.finish()
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    device = setup(args)
+    data, info = load_dataset(args.env, args.dataset, device)
+    task = TASKS.get(args.env, OTHER_MAZE if info["maze"] else OTHER_TASK)
+    args.expectile = args.expectile or task.expectile
+    if args.expectile >= 1 or args.gamma > 1:
+        sys.exit("error: --expectile must be below 1, and --gamma at most 1")
+    print(f"expectile {args.expectile}, gamma {args.gamma}, {args.steps:,} steps of {args.batch_size} on {device}")
+
+    seeds = list(range(args.seed, args.seed + args.num_seeds))
+    torch.manual_seed(seeds[0])
+    critic = Critic(info["state_dim"], len(info["action_low"]), [torch.Generator().manual_seed(seed) for seed in seeds]).to(device)
+    parameters = [p for p in critic.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=True, capturable=device.type == "cuda")
+    window = torch.zeros(len(METRICS), len(seeds), device=device)  # sums over the steps since the last log line
+
+    folder = open_run(args)
+    checkpoint = folder / f"{STAGE}.ckpt"
+    start = 0
+    if args.resume and checkpoint.exists():
+        start = load_checkpoint(checkpoint, args, info, critic, optimizer, window)
+        print(f"resumed at step {start:,}")
+    logger = Logger(args, folder, [{"seed": seed} for seed in seeds], start)
+    update = make_update(args, critic, optimizer, lambda: sample(data, len(seeds), args.batch_size), window)
+
+    clock, bar = time.time(), tqdm(total=args.steps, initial=start, desc=STAGE)
+    for step in range(start + 1, args.steps + 1):
+        update()
+        if step % args.log_every == 0 or step == args.steps:
+            n = step % args.log_every or args.log_every
+            metrics = dict(zip(METRICS, (window / n).tolist()))
+            window.zero_()
+            bar.set_postfix({name.split("/")[1]: f"{np.mean(x):.3g}" for name, x in metrics.items()}, refresh=False)
+            bar.update(step - bar.n)
+            logger.log(step, metrics | {"charts/SPS": n / (time.time() - clock), "charts/learning_rate": args.lr})
+            clock = time.time()
+        if step % args.checkpoint_every == 0 and step < args.steps:
+            save_checkpoint(checkpoint, args, info, step, critic, optimizer, window)
+    bar.close()
+    logger.close()
+
+    artifact = {"stage": STAGE, "format": 1, **info, "seeds": seeds, "args": asdict(args), "weights": critic.state_dict()}
+    save(artifact, folder / f"{STAGE}.pt")
+    checkpoint.unlink(missing_ok=True)
+    print(f"saved {folder / STAGE}.pt")
