@@ -418,7 +418,8 @@ def evaluate(pool, policies, info, seeds):
     """Scores of policies over one episode per seed: dict of arrays [policies, seeds]. Chunks of fixed size, so that the
     number of workers changes nothing."""
     chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]
-    jobs = [pool.submit(run_chunk, policy, info, chunk) for policy in policies for chunk in chunks]
+    plain = {name: info[name] for name in ("environment", "action_low", "action_high")}  # tensors would not travel well
+    jobs = [pool.submit(run_chunk, policy, plain, chunk) for policy in policies for chunk in chunks]
     result = np.concatenate([job.result() for job in jobs]).reshape(len(policies), len(seeds), 3)
     returns, success, length = np.moveaxis(result, -1, 0)
     low, high = info["reference"]

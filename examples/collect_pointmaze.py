@@ -1,0 +1,130 @@
+"""Make the demo's data set, local/pointmaze-demo-v0, without any download: a point mass in a maze, told to reach a goal.
+
+    python examples/collect_pointmaze.py
+
+The recipe for data of your own: one EpisodeBuffer per episode, then minari.create_dataset_from_buffers. The layout is that of
+Minari's own mazes: dictionary observations with the goal inside, a task that goes on after success and never terminates.
+
+A third of the episodes steers to the goal; the others go somewhere else or wander from cell to cell, and meet the goal
+at best by chance. To do better than these data, a policy must tell which way leads to its goal.
+"""
+
+import collections
+import contextlib
+import io
+import multiprocessing
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+
+import gymnasium as gym
+import minari
+import numpy as np
+import tyro
+from minari.data_collector import EpisodeBuffer
+
+
+@dataclass
+class Args:
+    dataset: str = "local/pointmaze-demo-v0"
+    """Minari id of the new data set"""
+    episodes: int = 3000
+    """episodes to record"""
+    seed: int = 0
+    """first episode's seed"""
+
+
+def make_env():
+    with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about other environments
+        import gymnasium_robotics
+    gym.register_envs(gymnasium_robotics)
+    return gym.make("PointMaze_Medium-v3", max_episode_steps=300, continuing_task=True, reset_target=False)
+
+
+def next_cells(maze_map, target):
+    """Breadth-first search from the target: cell -> the neighbour one step nearer to it."""
+    nearer, queue = {target: target}, collections.deque([target])
+    while queue:
+        row, col = queue.popleft()
+        for cell in ((row + 1, col), (row - 1, col), (row, col + 1), (row, col - 1)):
+            if cell not in nearer and maze_map[cell[0]][cell[1]] != 1:
+                nearer[cell] = (row, col)
+                queue.append(cell)
+    return nearer
+
+
+def record_episode(env, seed):
+    """One episode of 300 steps, as (EpisodeBuffer, whether it met its goal)."""
+    rng = np.random.default_rng(seed)
+    maze = env.unwrapped.maze
+    free = [(i, j) for i, row in enumerate(maze.maze_map) for j, wall in enumerate(row) if wall != 1]
+
+    def cell(xy):
+        return tuple(maze.cell_xy_to_rowcol(xy).tolist())
+
+    def random_cell():
+        return free[rng.integers(len(free))]
+
+    obs, _ = env.reset(seed=seed)
+    kind = rng.choice(["to the goal", "elsewhere", "wandering"])
+    target = cell(obs["desired_goal"]) if kind == "to the goal" else random_cell()
+    nearer = next_cells(maze.maze_map, target)
+    observations, actions, rewards, truncated, success = [obs], [], [], False, False
+    while not truncated:
+        here = cell(obs["achieved_goal"])
+        if here == target and kind == "wandering":
+            target = random_cell()
+            nearer = next_cells(maze.maze_map, target)
+        waypoint = maze.cell_rowcol_to_xy(np.array(nearer[here]))
+        if here == target and kind == "to the goal":
+            waypoint = obs["desired_goal"]
+        velocity = obs["observation"][2:]
+        action = 10 * (waypoint - obs["achieved_goal"]) - velocity + 0.5 * rng.standard_normal(2)
+        actions.append(np.clip(action, -1, 1).astype(np.float32))
+        obs, reward, _, truncated, info = env.step(actions[-1])
+        observations.append(obs)
+        rewards.append(reward)
+        success |= info["success"]
+    steps = len(rewards)
+    buffer = EpisodeBuffer(
+        seed=seed,
+        observations={key: np.stack([o[key] for o in observations]) for key in obs},
+        actions=np.stack(actions),
+        rewards=np.array(rewards),
+        terminations=np.zeros(steps, bool),
+        truncations=np.arange(1, steps + 1) == steps,
+        infos={},
+    )
+    return buffer, success
+
+
+def record_episodes(seeds):
+    env = make_env()
+    episodes = [record_episode(env, seed) for seed in seeds]
+    env.close()
+    return episodes
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    if args.dataset in minari.list_local_datasets():
+        print(f"{args.dataset} is there already; `minari delete {args.dataset}` removes it")
+        sys.exit(0)
+    start = time.time()
+    seeds = range(args.seed, args.seed + args.episodes)
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        chunks = pool.map(record_episodes, [seeds[i : i + 50] for i in range(0, len(seeds), 50)], chunksize=1)
+    buffers, successes = zip(*[episode for chunk in chunks for episode in chunk])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Minari would like an e-mail address and a link to the code
+        minari.create_dataset_from_buffers(
+            args.dataset,
+            list(buffers),
+            env=make_env(),
+            algorithm_name="waypoint controller, two thirds of the episodes astray",
+            description="A point mass in a maze; a third of the episodes steers to its goal.",
+        )
+    steps = sum(len(buffer.rewards) for buffer in buffers)
+    print(f"{args.dataset}: {len(buffers):,} episodes, {steps:,} steps, {time.time() - start:.0f} s")
+    print(f"{100 * np.mean(successes):.0f}% of the episodes meet their goal")

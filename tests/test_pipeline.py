@@ -1,0 +1,244 @@
+"""The scripts as a user runs them: hand-over, resume, evaluation, logging."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, command, run, run_here
+
+import eval as srpo_eval
+import srpo_actor
+
+STAGES = ("critic", "behavior", "actor")
+EXPECTED = {  # metric names
+    "critic": {"losses/v_loss", "losses/q_loss", "values/v_mean", "values/q_mean", "values/q_max"},
+    "behavior": {"losses/behavior_loss"},
+    "actor": {"losses/actor_loss", "values/q_mean", "values/q_grad_norm"}
+    | {"eval/score", "eval/return", "eval/success", "eval/episode_length"},
+}
+EXPECTED = {stage: names | {"charts/SPS", "charts/learning_rate"} for stage, names in EXPECTED.items()}
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def weights(path):
+    return load(path)["weights"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_end_to_end(tmp_path):
+    """All stages and eval in processes of their own, nothing but --env and sizes given."""
+    for stage in STAGES:
+        extra = ("--eval-every", 20, "--eval-episodes", 3, "--beta", 0.1, 0.5) if stage == "actor" else ("--num-seeds", 2)
+        out = run(f"srpo_{stage}.py", *TINY, "--steps", 40, *extra)
+        assert "saved runs/test-pendulum-v0" in out.stdout
+    done = run("eval.py", "--env", "test/pendulum-v0", "--episodes", 12)
+    folder = tmp_path / "runs" / "test-pendulum-v0"
+
+    result = json.loads((folder / "eval.json").read_text())
+    assert [(p["seed"], p["beta"]) for p in result["policies"]] == [(0, 0.1), (0, 0.5), (1, 0.1), (1, 0.5)]
+    assert all(p["score"] == pytest.approx(p["return"]) and p["episode_length"] == 40 for p in result["policies"])
+    for row, beta in zip(result["summary"], (0.1, 0.5)):
+        scores = [p["score"] for p in result["policies"] if p["beta"] == beta]
+        assert (row["score_mean"], row["score_std"]) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
+        assert f"beta {beta}: score {np.mean(scores):.1f} +- {np.std(scores):.1f}" in done.stdout
+
+    logs = {stage: lines(folder / f"{stage}.jsonl") for stage in STAGES}
+    assert all([line["step"] for line in log] == [10, 20, 30, 40] for log in logs.values())
+    assert logs["critic"][0]["seed"] == [0, 1] and len(logs["critic"][0]["losses/v_loss"]) == 2
+    assert logs["actor"][0]["beta"] == [0.1, 0.5, 0.1, 0.5]
+    assert ["eval/score" in line for line in logs["actor"]] == [False, True, False, True]
+    assert not list(folder.glob("*.ckpt*")) and not list(folder.glob("*.tmp"))
+
+
+def stage_flags(stage, trained):
+    """Flags that train one stage for 60 steps with checkpoints; the actor reads the artifacts of another run."""
+    flags = (*TINY, "--steps", 60, "--checkpoint-every", 7)
+    if stage != "actor":
+        return (*flags, "--num-seeds", 2)
+    return (*flags, "--critic", trained / "critic.pt", "--behavior", trained / "behavior.pt", "--beta", 0.1, 0.5, "--eval-every", 0)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_and_resumed_ends_as_uninterrupted(stage, trained, tmp_path):
+    script, flags = f"srpo_{stage}.py", stage_flags(stage, trained)
+    run_here(script, *flags, "--out-dir", "whole")
+    whole, folder = tmp_path / "whole" / "test-pendulum-v0", tmp_path / "killed" / "test-pendulum-v0"
+
+    process = subprocess.Popen(slowed(script, *flags, "--out-dir", "killed"), stderr=subprocess.DEVNULL)
+    checkpoint = folder / f"{stage}.ckpt"
+    while not (checkpoint.exists() and load(checkpoint)["step"] >= 14):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / f"{stage}.pt").exists()
+
+    run_here(script, *flags, "--out-dir", "killed", "--resume")
+    assert same(weights(whole / f"{stage}.pt"), weights(folder / f"{stage}.pt"))
+    timeless = [
+        [{k: v for k, v in line.items() if k not in ("seconds", "charts/SPS")} for line in lines(f / f"{stage}.jsonl")]
+        for f in (whole, folder)
+    ]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 6
+    assert not checkpoint.exists()
+
+
+def slowed(script, *flags):
+    """The script's command with pauses between steps, so that it is killed before its end."""
+    python, path, *rest = command(script, *flags)
+    code = (
+        "import runpy, sys, time, tqdm; old = tqdm.tqdm.update\n"
+        "def update(self, n=1): time.sleep(0.5); return old(self, n)\n"
+        f"tqdm.tqdm.update = update; sys.argv = {[path, *rest]!r}; runpy.run_path({path!r}, run_name='__main__')"
+    )
+    return [python, "-c", code]
+
+
+def test_resume_of_a_finished_run_does_nothing(trained, capsys):
+    before = (trained / "critic.pt").stat().st_mtime_ns
+    with pytest.raises(SystemExit) as e:
+        run_here("srpo_critic.py", *TINY, "--steps", 20, "--num-seeds", 2, "--out-dir", trained.parent, "--resume")
+    assert e.value.code == 0 and "finished" in capsys.readouterr().out
+    assert (trained / "critic.pt").stat().st_mtime_ns == before
+
+
+def test_resume_refuses_other_arguments(tmp_path):
+    checkpoint = tmp_path / "runs" / "test-pendulum-v0" / "critic.ckpt"
+    names = run_here("srpo_critic.py", *TINY, "--steps", 10)
+    info, args, critic = names["info"], names["args"], names["critic"]
+    names["save_checkpoint"](checkpoint, args, info, 5, critic, names["optimizer"], names["window"])
+    with pytest.raises(SystemExit, match="batch_size = 8, not 9"):
+        run_here("srpo_critic.py", *TINY, "--steps", 10, "--batch-size", 9, "--resume")
+    run_here("srpo_critic.py", *TINY, "--steps", 12, "--resume")  # more steps are fine
+
+
+def test_a_finished_artifact_is_kept(tmp_path, capsys):
+    folder = tmp_path / "runs" / "test-pendulum-v0"
+    run_here("srpo_critic.py", *TINY, "--steps", 10)
+    first = weights(folder / "critic.pt")
+    run_here("srpo_critic.py", *TINY, "--steps", 10, "--seed", 1)
+    (kept,) = folder.glob("critic-*.pt")
+    assert same(weights(kept), first) and not same(weights(folder / "critic.pt"), first)
+    assert kept.name in capsys.readouterr().out
+
+
+def test_evaluating_changes_no_bit_of_the_weights(trained, tmp_path):
+    paths = ("--critic", trained / "critic.pt", "--behavior", trained / "behavior.pt")
+    for every in (0, 5):
+        run("srpo_actor.py", *TINY, "--steps", 20, *paths, "--eval-every", every, "--eval-episodes", 2, "--out-dir", str(every))
+    assert same(*(weights(tmp_path / str(every) / "test-pendulum-v0" / "actor.pt") for every in (0, 5)))
+
+
+def test_scores_do_not_depend_on_the_number_of_workers(trained):
+    artifact = load(trained / "actor.pt")
+    policies, results = [srpo_eval.policy_weights(artifact["weights"], r) for r in range(2)], []
+    for workers in (1, 2):
+        with srpo_eval.start_workers(workers) as pool:
+            results.append(srpo_eval.evaluate(pool, policies, artifact, range(25)))  # three chunks
+    assert all(np.array_equal(results[0][name], results[1][name]) for name in results[0])
+    assert results[0]["eval/return"].shape == (2, 25) and results[0]["eval/return"].std() > 0
+
+
+def test_rollout_against_a_plain_loop(trained):
+    artifact, act = load(trained / "actor.pt"), srpo_eval.load_policy(trained / "actor.pt", replica=1)
+    result = srpo_eval.rollout(act, lambda: srpo_eval.make_env(artifact["environment"]), [3, 4])
+    for row, seed in zip(result, (3, 4)):
+        env = gym.make("Pendulum-v1", max_episode_steps=40)
+        obs, total, length, done = env.reset(seed=seed)[0], 0.0, 0, False
+        while not done:
+            obs, reward, terminated, truncated, _ = env.step(act(obs))
+            total, length, done = total + reward, length + 1, terminated or truncated
+        assert row.tolist() == [pytest.approx(total, rel=1e-4), 0, length]
+
+
+def test_maze_episodes_end_at_success_and_score_it():
+    """A policy of constant torque, in a corridor that leads to the goal or away from it."""
+    maze = [[1, 1, 1, 1, 1], [1, "r", 0, "g", 1], [1, 1, 1, 1, 1]]
+    environment = {"id": "PointMaze_UMaze-v3", "kwargs": {"maze_map": maze, "continuing_task": True, "reset_target": False}}
+    info = {"environment": environment | {"max_episode_steps": 100}, "maze": True, "reference": (0.0, 1.0)}
+    info |= {"action_low": [-1.0, -1.0], "action_high": [1.0, 1.0]}
+    policies = [[(np.zeros((8, 2), np.float32), np.float32([x, 0]))] for x in (9, -9)]
+    with srpo_eval.start_workers(1) as pool:
+        result = srpo_eval.evaluate(pool, policies, info, range(3))
+    assert result["eval/score"].tolist() == [[100] * 3, [0] * 3]
+    assert (result["eval/episode_length"][0] < 100).all() and (result["eval/episode_length"][1] == 100).all()
+    assert (result["eval/return"][0] == 1).all()  # the episode ended at the first reward
+
+
+def test_load_policy_in_three_lines_equals_the_trained_network(trained):
+    from eval import load_policy
+
+    act = load_policy(trained / "actor.pt")
+    action = act(np.array([1.0, 0.0, 0.5]))
+
+    artifact = load(trained / "actor.pt")
+    generators = [torch.Generator() for _ in artifact["seeds"]]
+    policy = srpo_actor.mlp([3, 256, 256, 1], generators).append(torch.nn.Tanh())
+    policy.load_state_dict(artifact["weights"])
+    obs = torch.randn(4, 6, 3)
+    ours = policy(obs)
+    np.testing.assert_allclose(action, 2 * policy(torch.tensor([1, 0, 0.5]).expand(4, 1, 3))[0, 0].detach(), rtol=1e-5)
+    for r in range(4):
+        act = load_policy(trained / "actor.pt", replica=r)
+        np.testing.assert_allclose(act(obs[r].numpy()), 2 * ours[r].detach(), rtol=1e-4, atol=1e-6)  # the bounds are -2, 2
+    assert action.shape == (1,) and action.dtype == np.float32
+
+
+@pytest.mark.parametrize("weight", ["t=0.02", "one", "alpha_over_sigma"])
+def test_actor_variants_run(weight, trained, tmp_path):
+    paths = ("--critic", trained / "critic.pt", "--behavior", trained / "behavior.pt", "--eval-every", 0, "--num-seeds", 1)
+    flags = ("--weight", weight, "--no-baseline", "--q-grad-norm", "l2", "--hidden-layers", 3)
+    run_here("srpo_actor.py", *TINY, "--steps", 3, *paths, *flags)
+    artifact = load(tmp_path / "runs" / "test-pendulum-v0" / "actor.pt")
+    assert artifact["seeds"] == [0] and len(artifact["weights"]) == 8 and artifact["args"]["weight"] == weight
+
+
+def wandb_records(path):
+    wandb = Path(sys.executable).with_name("wandb")
+    done = subprocess.run([wandb, "leet", "inspect", "--json", path], capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_track_makes_one_wandb_run_per_replica(stage, trained, tmp_path):
+    flags = [*TINY, "--steps", 20, "--num-seeds", 2]
+    if stage == "actor":
+        flags += ["--critic", trained / "critic.pt", "--behavior", trained / "behavior.pt"]
+        flags += ["--eval-every", 10, "--eval-episodes", 2]
+    run(f"srpo_{stage}.py", *flags, "--track", "--run-name", "tracked", WANDB_MODE="offline")
+    log = lines(tmp_path / "runs" / "tracked" / f"{stage}.jsonl")
+    metrics = {name for name in log[0] if "/" in name}
+    assert metrics == EXPECTED[stage]
+
+    seeds = set()
+    for path in (tmp_path / "runs" / "tracked" / "wandb").glob("offline-run-*/*.wandb"):
+        records = wandb_records(path)
+        (about,) = [record["run"] for record in records if record["type"] == "run"]
+        assert (about["run_group"], about["job_type"], about["project"]) == ("tracked", stage, "srpo")
+        config = about["config"]["update"]
+        assert config["batch_size"] == 8 and (stage != "actor" or config["beta"] == 0.05)
+        seeds.add(config["seed"])
+        history = [record["history"]["item"] for record in records if record["type"] == "history"]
+        assert [item["_step"] for item in history] == [10, 20]
+        for item, line in zip(history, log):
+            for name in metrics:
+                value = line[name][config["seed"]] if isinstance(line[name], list) else line[name]
+                assert item[name] == pytest.approx(value)
+    assert seeds == {0, 1}
