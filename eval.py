@@ -68,7 +68,7 @@ def policy_weights(state_dict, replica):
 
 
 def make_env(environment):
-    """The environment that the data came from, without their recording's wrappers."""
+    """The environment that the data came from."""
     if environment["id"] not in gym.registry:
         with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about other environments
             import gymnasium_robotics
@@ -95,21 +95,24 @@ def rollout(act, make_env, seeds):
 
 
 def run_chunk(weights, info, seeds):
-    """What a worker does."""
+    """A worker's job: one policy's episodes of a few seeds."""
     return rollout(make_act(weights, info), lambda: make_env(info["environment"]), seeds)
 
 
 def evaluate(pool, policies, info, seeds):
-    """Scores of policies over one episode per seed: dict of arrays [policies, seeds]. Chunks of fixed size, so that the
-    number of workers changes nothing."""
+    """Metrics of policies over one episode per seed: name -> array [policies, seeds].
+
+    Every worker gets ten episodes at a time, so that the number of workers changes nothing.
+    """
     chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]
-    plain = {name: info[name] for name in ("environment", "action_low", "action_high")}  # tensors would not travel well
+    plain = {name: info[name] for name in ("environment", "action_low", "action_high")}  # no tensors between processes
     jobs = [pool.submit(run_chunk, policy, plain, chunk) for policy in policies for chunk in chunks]
     result = np.concatenate([job.result() for job in jobs]).reshape(len(policies), len(seeds), 3)
     returns, success, length = np.moveaxis(result, -1, 0)
     low, high = info["reference"]
     score = 100 * ((success if info["maze"] else returns) - low) / (high - low)
-    return {"eval/score": score, "eval/return": returns, "eval/success": success, "eval/episode_length": length}
+    metrics = {"eval/score": score, "eval/return": returns, "eval/episode_length": length}
+    return metrics | ({"eval/success": success} if info["maze"] else {})
 
 
 def start_workers(workers):
@@ -119,8 +122,8 @@ def start_workers(workers):
 
 
 def load_artifact(path, stage, remedy):
-    """A stage's artifact as a dictionary, or one line that says what to run."""
-    if not path.exists():
+    """A stage's artifact as a dictionary; exits with one line that names the remedy if path is not one."""
+    if not Path(path).exists():
         sys.exit(f"error: {path} does not exist: {remedy} first")
     try:
         artifact = torch.load(path, map_location="cpu", weights_only=True)

@@ -5,12 +5,14 @@ behaviour, which the frozen behaviour model knows, pulls its actions back to the
 
     python srpo_actor.py --env hopper-medium --beta 0.01 0.05    # -> runs/hopper-medium/actor.pt
 
-Every tensor of the networks has a leading replica axis R: all seeds and betas train at once, replica r = seed * betas + beta.
+Every tensor of the networks has a leading replica axis R: all seeds and betas train at once,
+replica s K + k being the policy of seed s and the k-th of K betas.
 """
 
 import contextlib
 import difflib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -93,36 +95,36 @@ class Args:
 
 STAGE = "actor"
 METRICS = ("losses/actor_loss", "values/q_mean", "values/q_grad_norm")
-MAY_CHANGE = {"critic", "behavior", "out_dir", "run_name", "device", "tf32", "resume", "checkpoint_every", "track"}  # on --resume
-MAY_CHANGE |= {"eval_every", "eval_episodes", "eval_workers"}
+MAY_CHANGE = {"out_dir", "run_name", "device", "tf32", "resume", "checkpoint_every", "track"}  # on resuming
+MAY_CHANGE |= {"critic", "behavior", "eval_every", "eval_episodes", "eval_workers"}
 
 
 class Task(NamedTuple):
     data: str  # Minari ids; Minari has no medium-replay sets
-    expectile: float
     beta: float
-    hidden_layers: int
-    q_grad_norm: str
+    expectile: float = 0.7
+    hidden_layers: int = 2
+    q_grad_norm: str = "none"
 
 
 TASKS = {  # Appendix C and Table 2 of the paper
-    "halfcheetah-medium-expert": Task("mujoco/halfcheetah/medium-v0+mujoco/halfcheetah/expert-v0", 0.7, 0.01, 2, "none"),
-    "halfcheetah-medium": Task("mujoco/halfcheetah/medium-v0", 0.7, 0.2, 2, "none"),
-    "halfcheetah-medium-replay": Task("", 0.7, 0.2, 2, "none"),
-    "hopper-medium-expert": Task("mujoco/hopper/medium-v0+mujoco/hopper/expert-v0", 0.7, 0.01, 2, "none"),
-    "hopper-medium": Task("mujoco/hopper/medium-v0", 0.7, 0.05, 2, "none"),
-    "hopper-medium-replay": Task("", 0.7, 0.2, 2, "none"),
-    "walker2d-medium-expert": Task("mujoco/walker2d/medium-v0+mujoco/walker2d/expert-v0", 0.7, 0.1, 2, "none"),
-    "walker2d-medium": Task("mujoco/walker2d/medium-v0", 0.7, 0.05, 2, "none"),
-    "walker2d-medium-replay": Task("", 0.7, 0.5, 2, "none"),
-    "antmaze-umaze": Task("D4RL/antmaze/umaze-v1", 0.9, 0.02, 4, "rms"),
-    "antmaze-umaze-diverse": Task("D4RL/antmaze/umaze-diverse-v1", 0.9, 0.04, 4, "rms"),
-    "antmaze-medium-play": Task("D4RL/antmaze/medium-play-v1", 0.9, 0.08, 4, "rms"),
-    "antmaze-medium-diverse": Task("D4RL/antmaze/medium-diverse-v1", 0.9, 0.05, 4, "rms"),
-    "antmaze-large-play": Task("D4RL/antmaze/large-play-v1", 0.9, 0.06, 4, "rms"),
-    "antmaze-large-diverse": Task("D4RL/antmaze/large-diverse-v1", 0.9, 0.05, 4, "rms"),
+    "halfcheetah-medium-expert": Task("mujoco/halfcheetah/medium-v0+mujoco/halfcheetah/expert-v0", 0.01),
+    "halfcheetah-medium": Task("mujoco/halfcheetah/medium-v0", 0.2),
+    "halfcheetah-medium-replay": Task("", 0.2),
+    "hopper-medium-expert": Task("mujoco/hopper/medium-v0+mujoco/hopper/expert-v0", 0.01),
+    "hopper-medium": Task("mujoco/hopper/medium-v0", 0.05),
+    "hopper-medium-replay": Task("", 0.2),
+    "walker2d-medium-expert": Task("mujoco/walker2d/medium-v0+mujoco/walker2d/expert-v0", 0.1),
+    "walker2d-medium": Task("mujoco/walker2d/medium-v0", 0.05),
+    "walker2d-medium-replay": Task("", 0.5),
+    "antmaze-umaze": Task("D4RL/antmaze/umaze-v1", 0.02, 0.9, 4, "rms"),
+    "antmaze-umaze-diverse": Task("D4RL/antmaze/umaze-diverse-v1", 0.04, 0.9, 4, "rms"),
+    "antmaze-medium-play": Task("D4RL/antmaze/medium-play-v1", 0.08, 0.9, 4, "rms"),
+    "antmaze-medium-diverse": Task("D4RL/antmaze/medium-diverse-v1", 0.05, 0.9, 4, "rms"),
+    "antmaze-large-play": Task("D4RL/antmaze/large-play-v1", 0.06, 0.9, 4, "rms"),
+    "antmaze-large-diverse": Task("D4RL/antmaze/large-diverse-v1", 0.05, 0.9, 4, "rms"),
 }
-OTHER_TASK, OTHER_MAZE = Task("", 0.7, 0.05, 2, "none"), Task("", 0.9, 0.05, 4, "rms")  # ours, for any other data set
+OTHER_TASK, OTHER_MAZE = Task("", 0.05), Task("", 0.05, 0.9, 4, "rms")  # ours, for any other data set
 D4RL_SCORES = {  # returns that score 0 and 100: a random and an expert policy's
     "Hopper": (-20.272305, 3234.3),
     "HalfCheetah": (-280.178953, 12135.0),
@@ -142,11 +144,6 @@ def reached(obs):
     return np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1) <= 0.45
 
 
-def leaves(space):
-    """The plain spaces of a nested dictionary space."""
-    return [leaf for part in space.values() for leaf in leaves(part)] if isinstance(space, gym.spaces.Dict) else [space]
-
-
 def load_dataset(env, dataset, device):
     """Logged transitions of one or several Minari data sets.
 
@@ -163,26 +160,29 @@ def load_dataset(env, dataset, device):
         near = difflib.get_close_matches(env, TASKS)
         hint = f" (nearest tasks of the paper: {', '.join(near)})" if near and env not in TASKS else ""
         sys.exit(f"error: {str(e).partition('. ')[0]}{hint}: try `minari download {' '.join(ids)}`")
-    spec, action_space = sets[0].env_spec, sets[0].action_space
-    low, high = getattr(action_space, "low", None), getattr(action_space, "high", None)
-    for space in [action_space, *leaves(sets[0].observation_space)]:
+    spec, spaces = sets[0].env_spec, [sets[0].action_space, sets[0].observation_space]
+    while any(isinstance(space, gym.spaces.Dict) for space in spaces):  # the plain spaces inside
+        spaces = [s for space in spaces for s in (space.values() if isinstance(space, gym.spaces.Dict) else [space])]
+    for space in spaces:
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            sys.exit(f"error: {env} has a {type(space).__name__}{space.shape} space: only vectors of real numbers are supported")
+            sys.exit(f"error: {env} has a space {space}: only vectors of real numbers are supported")
+    low, high = sets[0].action_space.low, sets[0].action_space.high
     if not np.isfinite([low, high]).all():
         sys.exit(f"error: {env} has an unbounded action space: give its data set the bounds that a policy must keep")
 
     maze = spec is not None and "Maze" in spec.id
-    episodes, scores = [], []
-    for episode in (episode for d in sets for episode in d):
+    episodes, outcomes = [], []
+    for episode in itertools.chain(*sets):
         T, obs, terminal = len(episode.rewards), flatten(episode.observations), episode.terminations
-        scores.append(episode.rewards.sum())
+        outcome = episode.rewards.sum()
         if maze:  # the recording goes on after success, the task ends there
             terminal = reached(episode.observations)[1:]
-            scores[-1] = terminal.any()
-            T = int(terminal.argmax()) + 1 if terminal.any() else T
+            outcome = terminal.any()
+            T = terminal.argmax() + 1 if outcome else T
         action = 2 * (episode.actions[:T] - low) / (high - low) - 1
         episodes.append((obs[:T], action, episode.rewards[:T], obs[1 : T + 1], terminal[:T]))
-    if not sum(len(episode[0]) for episode in episodes):
+        outcomes.append(float(outcome))
+    if not sum(len(action) for _, action, *_ in episodes):
         sys.exit(f"error: {'+'.join(ids)} is empty")
     columns = [np.concatenate(column, dtype=np.float32) for column in zip(*episodes)]
     data = dict(zip(("obs", "action", "reward", "next_obs", "terminal"), columns))
@@ -191,16 +191,15 @@ def load_dataset(env, dataset, device):
             sys.exit(f"error: {'+'.join(ids)} has values in {name} that are not finite")
     if maze:
         data["reward"] -= 1
-    elif max(scores) > min(scores):
-        data["reward"] *= 1000 / (max(scores) - min(scores))
+    elif max(outcomes) > min(outcomes):
+        data["reward"] *= 1000 / (max(outcomes) - min(outcomes))
 
-    meta = sets[0].storage.metadata
-    reference = (0.0, 1.0) if maze else (meta.get("ref_min_score"), meta.get("ref_max_score"))  # mazes: success rate
-    if None in reference:
-        reference = D4RL_SCORES.get(spec.id.partition("-")[0] if spec else None, (0.0, 100.0))  # else: the return itself
-    checksum = 0
+    meta, checksum = sets[0].storage.metadata, 0
     for column in columns:
         checksum = zlib.crc32(column, checksum)
+    reference = (0.0, 1.0) if maze else (meta.get("ref_min_score"), meta.get("ref_max_score"))  # mazes: success rate
+    if None in reference:
+        reference = D4RL_SCORES.get(spec.id.partition("-")[0] if spec else None, (0.0, 100.0))  # else the return itself
     info = {
         "env": env,
         "environment": spec and {"id": spec.id, "kwargs": spec.kwargs, "max_episode_steps": spec.max_episode_steps},
@@ -208,23 +207,24 @@ def load_dataset(env, dataset, device):
         "state_dim": data["obs"].shape[1],
         "action_low": low.tolist(),
         "action_high": high.tolist(),
-        "reference": reference,
-        "data_score": 100 * (float(np.mean(scores)) - reference[0]) / (reference[1] - reference[0]),
+        "reference": reference,  # the outcomes that score 0 and 100
+        "data_score": 100 * (float(np.mean(outcomes)) - reference[0]) / (reference[1] - reference[0]),
         "fingerprint": [len(data["obs"]), checksum],
     }
-    print(f"{env}: {len(data['obs']):,} transitions of {len(scores):,} episodes, score {info['data_score']:.1f}")
+    print(f"{env}: {len(data['obs']):,} transitions of {len(outcomes):,} episodes, score {info['data_score']:.1f}")
     return {name: torch.from_numpy(column).to(device) for name, column in data.items()}, info
 
 
 class Linear(nn.Module):
-    """R independent nn.Linear layers: x [R, B, n_in] -> [R, B, n_out], each drawn from its own generator as nn.Linear is."""
+    """R independent nn.Linear layers, x [R, B, n_in] -> [R, B, n_out], drawn as nn.Linear is, by own generators."""
 
     def __init__(self, n_in, n_out, generators):
         super().__init__()
-        bound = n_in**-0.5
-        draws = [[torch.empty(*shape).uniform_(-bound, bound, generator=g) for shape in ((n_out, n_in), (1, n_out))] for g in generators]
-        self.weight = nn.Parameter(torch.stack([weight.T for weight, _ in draws]))  # [R, n_in, n_out]
-        self.bias = nn.Parameter(torch.stack([bias for _, bias in draws]))  # [R, 1, n_out]
+        weight, bias = torch.empty(len(generators), n_out, n_in), torch.empty(len(generators), 1, n_out)
+        for r, generator in enumerate(generators):
+            weight[r].uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator)
+            bias[r].uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator)
+        self.weight, self.bias = nn.Parameter(weight.mT.contiguous()), nn.Parameter(bias)
 
     def forward(self, x):
         return torch.baddbmm(self.bias, x, self.weight)
@@ -232,7 +232,9 @@ class Linear(nn.Module):
 
 def mlp(sizes, generators):
     """R multilayer perceptrons with ReLU between their layers."""
-    layers = [layer for n_in, n_out in zip(sizes, sizes[1:]) for layer in (Linear(n_in, n_out, generators), nn.ReLU(inplace=True))]
+    layers = []
+    for n_in, n_out in zip(sizes, sizes[1:]):
+        layers += [Linear(n_in, n_out, generators), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
 
@@ -264,14 +266,15 @@ class BehaviorModel(nn.Module):
 
     def __init__(self, state_dim, action_dim, generators):
         super().__init__()
-        R = len(generators)
-        self.register_buffer("W", 30 * torch.stack([torch.randn(1, 32, generator=g) for g in generators]))  # never trained
+        W = torch.stack([torch.randn(1, 32, generator=generator) for generator in generators])
+        self.register_buffer("W", 30 * W)  # frequencies of time, never trained
         self.time = nn.Sequential(Linear(64, 128, generators), nn.Mish(), Linear(128, 128, generators))
         self.first = Linear(action_dim + state_dim + 128, 256, generators)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Dropout(0.1), LayerNorm(256, R), Linear(256, 1024, generators), nn.Mish(), Linear(1024, 256, generators))
-            for _ in range(3)
-        )
+        self.blocks = nn.ModuleList()
+        for _ in range(3):
+            wide, back = Linear(256, 1024, generators), Linear(1024, 256, generators)
+            block = nn.Sequential(nn.Dropout(0.1), LayerNorm(256, len(generators)), wide, nn.Mish(), back)
+            self.blocks.append(block)  # x + block(x)
         self.last = Linear(256, action_dim, generators)
 
     def forward(self, a_t, s, t):
@@ -308,7 +311,7 @@ def actor_loss(policy, q, eps_psi, s, t, eps, beta, w, baseline, q_grad_norm):
     a = policy(s)
     alpha, sigma = alpha_sigma(t)
     with torch.no_grad():
-        score_error = eps_psi(alpha * a + sigma * eps, s, t) - (eps if baseline else 0)
+        eps_hat = eps_psi(alpha * a + sigma * eps, s, t)
     leaf = a.detach().requires_grad_()
     value = q(s, leaf)
     g = torch.autograd.grad(value.sum(), leaf)[0]  # grad_a Q(s, a) at a = policy(s)
@@ -317,16 +320,15 @@ def actor_loss(policy, q, eps_psi, s, t, eps, beta, w, baseline, q_grad_norm):
         g = g / (norm + 1e-8)
     elif q_grad_norm == "rms":
         g = g / (norm / a.shape[-1] ** 0.5 + 1e-8)
-    bracket = w(alpha, sigma) * score_error - beta * g
+    bracket = w(alpha, sigma) * (eps_hat - eps if baseline else eps_hat) - beta * g
     return (bracket.detach() * a).sum(dim=-1).mean(dim=-1), value.detach(), norm
 
 
 def make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, start):
     """The training step, a closure without arguments that stays on the device; draw() gives states, times and noise."""
-    fixed_t = args.weight.startswith("t=")
-    w = WEIGHTS["alpha_over_sigma" if fixed_t else args.weight]
-    done = torch.full((), float(start), device=window.device)  # steps taken
-    S = len(behavior.W)
+    w = WEIGHTS.get(args.weight, WEIGHTS["alpha_over_sigma"])  # t=T: Section 4.2
+    step = torch.full((), float(start), device=window.device)
+    S = len(behavior.W)  # seeds
 
     def fold(x):  # [R, B, n] -> [S, K B, n]: the K betas of a seed share its frozen networks
         return x.reshape(S, -1, x.shape[-1])
@@ -339,8 +341,8 @@ def make_update(args, policy, q_target, behavior, optimizer, beta, draw, window,
 
     def update():
         optimizer.zero_grad(set_to_none=True)
-        optimizer.param_groups[0]["lr"].copy_(args.lr * (1 + torch.cos(torch.pi * done / args.steps)) / 2)
-        done.add_(1)
+        optimizer.param_groups[0]["lr"].copy_(args.lr * (1 + torch.cos(torch.pi * step / args.steps)) / 2)
+        step.add_(1)
         loss, value, norm = actor_loss(policy, q, eps_psi, *draw(), beta, w, args.baseline, args.q_grad_norm)
         loss.sum().backward()  # replicas share no parameters
         optimizer.step()
@@ -357,9 +359,9 @@ def sample(data, replicas, batch_size):
     return [x[index] for x in data.values()]
 
 
-def sample_noise(a, t_min, t_max):
-    """Times and noise for actions a [R, B, A]: t uniform [R, B, 1], eps standard normal [R, B, A]."""
-    return torch.empty_like(a[..., :1]).uniform_(t_min, t_max), torch.randn_like(a)
+def sample_noise(shape, t_min, t_max, device):
+    """Times, uniform [R, B, 1], and standard normal noise [R, B, A], the given shape."""
+    return torch.empty(*shape[:2], 1, device=device).uniform_(t_min, t_max), torch.randn(shape, device=device)
 
 
 def make_act(weights, info):
@@ -383,7 +385,7 @@ def policy_weights(state_dict, replica):
 
 
 def make_env(environment):
-    """The environment that the data came from, without their recording's wrappers."""
+    """The environment that the data came from."""
     if environment["id"] not in gym.registry:
         with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about other environments
             import gymnasium_robotics
@@ -410,21 +412,24 @@ def rollout(act, make_env, seeds):
 
 
 def run_chunk(weights, info, seeds):
-    """What a worker does."""
+    """A worker's job: one policy's episodes of a few seeds."""
     return rollout(make_act(weights, info), lambda: make_env(info["environment"]), seeds)
 
 
 def evaluate(pool, policies, info, seeds):
-    """Scores of policies over one episode per seed: dict of arrays [policies, seeds]. Chunks of fixed size, so that the
-    number of workers changes nothing."""
+    """Metrics of policies over one episode per seed: name -> array [policies, seeds].
+
+    Every worker gets ten episodes at a time, so that the number of workers changes nothing.
+    """
     chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]
-    plain = {name: info[name] for name in ("environment", "action_low", "action_high")}  # tensors would not travel well
+    plain = {name: info[name] for name in ("environment", "action_low", "action_high")}  # no tensors between processes
     jobs = [pool.submit(run_chunk, policy, plain, chunk) for policy in policies for chunk in chunks]
     result = np.concatenate([job.result() for job in jobs]).reshape(len(policies), len(seeds), 3)
     returns, success, length = np.moveaxis(result, -1, 0)
     low, high = info["reference"]
     score = 100 * ((success if info["maze"] else returns) - low) / (high - low)
-    return {"eval/score": score, "eval/return": returns, "eval/success": success, "eval/episode_length": length}
+    metrics = {"eval/score": score, "eval/return": returns, "eval/episode_length": length}
+    return metrics | ({"eval/success": success} if info["maze"] else {})
 
 
 def start_workers(workers):
@@ -437,8 +442,10 @@ def setup(args):
     """Refuse values that make no sense, fill in the run's name; returns the device."""
     for name, value in vars(args).items():
         for x in value if isinstance(value, tuple) else (value,):
-            if type(x) in (int, float) and not (0 < x < float("inf") or x == 0 and name in ("seed", "eval_every")):
-                sys.exit(f"error: --{name.replace('_', '-')} {x}: must be positive")
+            may_be_zero = name in ("seed", "eval_every")
+            if type(x) in (int, float) and not (0 < x < float("inf") or may_be_zero and x == 0):
+                rule = "not be negative" if may_be_zero else "be positive"
+                sys.exit(f"error: --{name.replace('_', '-')} {x}: must {rule}")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
     if args.env.removesuffix("-v2") in TASKS:
@@ -466,9 +473,9 @@ def load_checkpoint(path, args, info, model, optimizer, window):
     state = torch.load(path, map_location=window.device, weights_only=True)
     for name, value in asdict(args).items():
         if name not in MAY_CHANGE and state["args"][name] != value:
-            sys.exit(f"error: {path} was written with {name} = {state['args'][name]}, not {value}: resume with the same")
+            sys.exit(f"error: {path} was written with {name} = {state['args'][name]}, not {value}: give the same")
     if state["fingerprint"] != info["fingerprint"]:
-        sys.exit(f"error: {path} was written on other data: resume with the same --dataset")
+        sys.exit(f"error: {path} was written on other data: give the same --dataset")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     window.copy_(state["window"])
@@ -491,6 +498,8 @@ def open_run(args):
     if args.resume and artifact.exists() and not checkpoint.exists():
         print(f"{artifact} is finished, nothing to resume")
         sys.exit(0)
+    if checkpoint.exists() and not args.resume:
+        print(f"{checkpoint} is of an unfinished run, which --resume would go on with; this is a new one")
     if artifact.exists() and not args.resume:
         date = time.strftime("%Y%m%d-%H%M%S", time.localtime(artifact.stat().st_mtime))
         for file in (artifact, artifact.with_suffix(".jsonl")):
@@ -504,7 +513,7 @@ class Logger:
 
     def __init__(self, args, folder, replicas, step):
         path = folder / f"{STAGE}.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if step else []
+        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
         self.file = open(path, "w")
         self.file.writelines(line for line in lines if json.loads(line)["step"] <= step)
         self.replicas, self.start, self.runs = replicas, time.time(), []
@@ -524,7 +533,8 @@ class Logger:
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for i, run in enumerate(self.runs):
-            run.log({name: value[i] if isinstance(value, list) else value for name, value in metrics.items()}, step=step)
+            row = {name: value[i] if isinstance(value, list) else value for name, value in metrics.items()}
+            run.log(row, step=step)
 
     def close(self):
         self.file.close()
@@ -533,8 +543,8 @@ class Logger:
 
 
 def load_artifact(path, stage, remedy):
-    """A stage's artifact as a dictionary, or one line that says what to run."""
-    if not path.exists():
+    """A stage's artifact as a dictionary; exits with one line that names the remedy if path is not one."""
+    if not Path(path).exists():
         sys.exit(f"error: {path} does not exist: {remedy} first")
     try:
         artifact = torch.load(path, map_location="cpu", weights_only=True)
@@ -565,26 +575,27 @@ if __name__ == "__main__":
     args.beta = args.beta or (task.beta,)
     args.q_grad_norm = args.q_grad_norm or task.q_grad_norm
     args.hidden_layers = args.hidden_layers or task.hidden_layers
-    print(f"beta {args.beta}, weight {args.weight}, Q-gradient norm {args.q_grad_norm}, {args.hidden_layers} hidden layers")
+    print(f"beta {args.beta}, weight {args.weight}, Q gradient's norm {args.q_grad_norm}, {args.hidden_layers} layers")
     print(f"{args.steps:,} steps of {args.batch_size} on {device}")
 
-    folder = Path(args.out_dir, args.run_name)
-    artifacts = {}
-    for stage, path in (("critic", args.critic), ("behavior", args.behavior)):
-        path, remedy = Path(path or folder / f"{stage}.pt"), f"run `python srpo_{stage}.py --env {args.env}`"
+    artifacts = {"critic": args.critic, "behavior": args.behavior}
+    for stage, path in artifacts.items():
+        path, remedy = (
+            path or Path(args.out_dir, args.run_name, f"{stage}.pt"),
+            f"run `python srpo_{stage}.py --env {args.env}`",
+        )
         artifacts[stage] = load_artifact(path, stage, remedy)
         for name in ("env", "state_dim", "action_low", "action_high", "fingerprint"):
-            if artifacts[stage][name] != info[name]:
-                there, here = artifacts[stage][name], info[name]
+            there, here = artifacts[stage][name], info[name]
+            if there != here:
                 sys.exit(f"error: {path} was trained with {name} = {there}, the data now have {here}: {remedy}")
-    critic, behavior = artifacts.values()
-    shared = [seed for seed in critic["seeds"] if seed in behavior["seeds"]]
-    seeds = shared
+    have = {stage: artifact["seeds"] for stage, artifact in artifacts.items()}
+    seeds = [seed for seed in have["critic"] if seed in have["behavior"]]
     if args.seed is not None or args.num_seeds is not None:
         seeds = list(range(args.seed or 0, (args.seed or 0) + (args.num_seeds or 1)))
-    if not seeds or not set(seeds) <= set(shared):
-        have = f"critic has seeds {critic['seeds']}, behavior {behavior['seeds']}"
-        sys.exit(f"error: {have}, wanted {seeds or 'some of both'}: train the missing ones with --seed and --num-seeds")
+    if not seeds or not set(seeds) <= set(have["critic"]) & set(have["behavior"]):
+        wanted = f"seeds {seeds}" if seeds else "seeds that are in both"
+        sys.exit(f"error: the artifacts hold seeds {have}, not the {wanted}: train those with --seed and --num-seeds")
 
     torch.manual_seed(seeds[0])
     replicas = [{"seed": seed, "beta": beta} for seed in seeds for beta in args.beta]
@@ -592,9 +603,9 @@ if __name__ == "__main__":
     generators = [torch.Generator().manual_seed(replica["seed"]) for replica in replicas]
     policy = mlp([S] + [256] * args.hidden_layers + [A], generators).append(nn.Tanh()).to(device)
     q_target = TwinQ(S, A, generators[: len(seeds)]).to(device).requires_grad_(False)
-    q_target.load_state_dict(select(critic["weights"], critic["seeds"], seeds, "q_target."))
-    behavior_model = BehaviorModel(S, A, generators[: len(seeds)]).to(device).requires_grad_(False).eval()  # without dropout
-    behavior_model.load_state_dict(select(behavior["weights"], behavior["seeds"], seeds))
+    q_target.load_state_dict(select(artifacts["critic"]["weights"], have["critic"], seeds, "q_target."))
+    behavior = BehaviorModel(S, A, generators[: len(seeds)]).to(device).requires_grad_(False).eval()  # no dropout
+    behavior.load_state_dict(select(artifacts["behavior"]["weights"], have["behavior"], seeds))
     lr = torch.tensor(args.lr, device=device)  # on the device, where the update sets it
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=True, capturable=device.type == "cuda")
     window = torch.zeros(len(METRICS), len(replicas), device=device)  # sums over the steps since the last log line
@@ -611,12 +622,13 @@ if __name__ == "__main__":
         print("the data set names no environment: no evaluation")
         args.eval_every = 0
 
+    t_range = (0.02, 0.98) if args.weight in WEIGHTS else (float(args.weight[2:]),) * 2
+
     def draw():
         (s,) = sample(data, len(replicas), args.batch_size)
-        t, eps = sample_noise(s.new_empty(*s.shape[:2], A), 0.02, 0.98)
-        return s, t.fill_(float(args.weight[2:])) if args.weight.startswith("t=") else t, eps
+        return s, *sample_noise((*s.shape[:2], A), *t_range, device)
 
-    update = make_update(args, policy, q_target, behavior_model, optimizer, beta, draw, window, start)
+    update = make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, start)
 
     clock, bar = time.time(), tqdm(total=args.steps, initial=start, desc=STAGE)
     for step in range(start + 1, args.steps + 1):
@@ -628,7 +640,8 @@ if __name__ == "__main__":
             window.zero_()
             bar.set_postfix({name.split("/")[1]: f"{np.mean(x):.3g}" for name, x in metrics.items()}, refresh=False)
             bar.update(step - bar.n)
-            metrics |= {"charts/SPS": n / (time.time() - clock), "charts/learning_rate": optimizer.param_groups[0]["lr"].item()}
+            metrics |= {"charts/SPS": n / (time.time() - clock)}
+            metrics |= {"charts/learning_rate": optimizer.param_groups[0]["lr"].item()}
             clock = time.time()
         if args.eval_every and (step % args.eval_every == 0 or step == args.steps):
             policies = [policy_weights(policy.state_dict(), r) for r in range(len(replicas))]
@@ -643,7 +656,7 @@ if __name__ == "__main__":
     logger.close()
     pool.shutdown()
 
-    labels = {"seeds": [replica["seed"] for replica in replicas], "betas": [replica["beta"] for replica in replicas]}
+    labels = {f"{key}s": [replica[key] for replica in replicas] for key in ("seed", "beta")}
     artifact = {"stage": STAGE, "format": 1, **info, **labels, "args": asdict(args), "weights": policy.state_dict()}
     save(artifact, folder / f"{STAGE}.pt")
     checkpoint.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ Every tensor of the networks has a leading replica axis R: all seeds train at on
 
 import copy
 import difflib
+import itertools
 import json
 import os
 import sys
@@ -74,35 +75,35 @@ class Args:
 
 STAGE = "critic"
 METRICS = ("losses/v_loss", "losses/q_loss", "values/v_mean", "values/q_mean", "values/q_max")
-MAY_CHANGE = {"steps", "out_dir", "run_name", "device", "tf32", "resume", "checkpoint_every", "track"}  # on --resume
+MAY_CHANGE = {"steps", "out_dir", "run_name", "device", "tf32", "resume", "checkpoint_every", "track"}  # on resuming
 
 
 class Task(NamedTuple):
     data: str  # Minari ids; Minari has no medium-replay sets
-    expectile: float
     beta: float
-    hidden_layers: int
-    q_grad_norm: str
+    expectile: float = 0.7
+    hidden_layers: int = 2
+    q_grad_norm: str = "none"
 
 
 TASKS = {  # Appendix C and Table 2 of the paper
-    "halfcheetah-medium-expert": Task("mujoco/halfcheetah/medium-v0+mujoco/halfcheetah/expert-v0", 0.7, 0.01, 2, "none"),
-    "halfcheetah-medium": Task("mujoco/halfcheetah/medium-v0", 0.7, 0.2, 2, "none"),
-    "halfcheetah-medium-replay": Task("", 0.7, 0.2, 2, "none"),
-    "hopper-medium-expert": Task("mujoco/hopper/medium-v0+mujoco/hopper/expert-v0", 0.7, 0.01, 2, "none"),
-    "hopper-medium": Task("mujoco/hopper/medium-v0", 0.7, 0.05, 2, "none"),
-    "hopper-medium-replay": Task("", 0.7, 0.2, 2, "none"),
-    "walker2d-medium-expert": Task("mujoco/walker2d/medium-v0+mujoco/walker2d/expert-v0", 0.7, 0.1, 2, "none"),
-    "walker2d-medium": Task("mujoco/walker2d/medium-v0", 0.7, 0.05, 2, "none"),
-    "walker2d-medium-replay": Task("", 0.7, 0.5, 2, "none"),
-    "antmaze-umaze": Task("D4RL/antmaze/umaze-v1", 0.9, 0.02, 4, "rms"),
-    "antmaze-umaze-diverse": Task("D4RL/antmaze/umaze-diverse-v1", 0.9, 0.04, 4, "rms"),
-    "antmaze-medium-play": Task("D4RL/antmaze/medium-play-v1", 0.9, 0.08, 4, "rms"),
-    "antmaze-medium-diverse": Task("D4RL/antmaze/medium-diverse-v1", 0.9, 0.05, 4, "rms"),
-    "antmaze-large-play": Task("D4RL/antmaze/large-play-v1", 0.9, 0.06, 4, "rms"),
-    "antmaze-large-diverse": Task("D4RL/antmaze/large-diverse-v1", 0.9, 0.05, 4, "rms"),
+    "halfcheetah-medium-expert": Task("mujoco/halfcheetah/medium-v0+mujoco/halfcheetah/expert-v0", 0.01),
+    "halfcheetah-medium": Task("mujoco/halfcheetah/medium-v0", 0.2),
+    "halfcheetah-medium-replay": Task("", 0.2),
+    "hopper-medium-expert": Task("mujoco/hopper/medium-v0+mujoco/hopper/expert-v0", 0.01),
+    "hopper-medium": Task("mujoco/hopper/medium-v0", 0.05),
+    "hopper-medium-replay": Task("", 0.2),
+    "walker2d-medium-expert": Task("mujoco/walker2d/medium-v0+mujoco/walker2d/expert-v0", 0.1),
+    "walker2d-medium": Task("mujoco/walker2d/medium-v0", 0.05),
+    "walker2d-medium-replay": Task("", 0.5),
+    "antmaze-umaze": Task("D4RL/antmaze/umaze-v1", 0.02, 0.9, 4, "rms"),
+    "antmaze-umaze-diverse": Task("D4RL/antmaze/umaze-diverse-v1", 0.04, 0.9, 4, "rms"),
+    "antmaze-medium-play": Task("D4RL/antmaze/medium-play-v1", 0.08, 0.9, 4, "rms"),
+    "antmaze-medium-diverse": Task("D4RL/antmaze/medium-diverse-v1", 0.05, 0.9, 4, "rms"),
+    "antmaze-large-play": Task("D4RL/antmaze/large-play-v1", 0.06, 0.9, 4, "rms"),
+    "antmaze-large-diverse": Task("D4RL/antmaze/large-diverse-v1", 0.05, 0.9, 4, "rms"),
 }
-OTHER_TASK, OTHER_MAZE = Task("", 0.7, 0.05, 2, "none"), Task("", 0.9, 0.05, 4, "rms")  # ours, for any other data set
+OTHER_TASK, OTHER_MAZE = Task("", 0.05), Task("", 0.05, 0.9, 4, "rms")  # ours, for any other data set
 D4RL_SCORES = {  # returns that score 0 and 100: a random and an expert policy's
     "Hopper": (-20.272305, 3234.3),
     "HalfCheetah": (-280.178953, 12135.0),
@@ -122,11 +123,6 @@ def reached(obs):
     return np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1) <= 0.45
 
 
-def leaves(space):
-    """The plain spaces of a nested dictionary space."""
-    return [leaf for part in space.values() for leaf in leaves(part)] if isinstance(space, gym.spaces.Dict) else [space]
-
-
 def load_dataset(env, dataset, device):
     """Logged transitions of one or several Minari data sets.
 
@@ -143,26 +139,29 @@ def load_dataset(env, dataset, device):
         near = difflib.get_close_matches(env, TASKS)
         hint = f" (nearest tasks of the paper: {', '.join(near)})" if near and env not in TASKS else ""
         sys.exit(f"error: {str(e).partition('. ')[0]}{hint}: try `minari download {' '.join(ids)}`")
-    spec, action_space = sets[0].env_spec, sets[0].action_space
-    low, high = getattr(action_space, "low", None), getattr(action_space, "high", None)
-    for space in [action_space, *leaves(sets[0].observation_space)]:
+    spec, spaces = sets[0].env_spec, [sets[0].action_space, sets[0].observation_space]
+    while any(isinstance(space, gym.spaces.Dict) for space in spaces):  # the plain spaces inside
+        spaces = [s for space in spaces for s in (space.values() if isinstance(space, gym.spaces.Dict) else [space])]
+    for space in spaces:
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            sys.exit(f"error: {env} has a {type(space).__name__}{space.shape} space: only vectors of real numbers are supported")
+            sys.exit(f"error: {env} has a space {space}: only vectors of real numbers are supported")
+    low, high = sets[0].action_space.low, sets[0].action_space.high
     if not np.isfinite([low, high]).all():
         sys.exit(f"error: {env} has an unbounded action space: give its data set the bounds that a policy must keep")
 
     maze = spec is not None and "Maze" in spec.id
-    episodes, scores = [], []
-    for episode in (episode for d in sets for episode in d):
+    episodes, outcomes = [], []
+    for episode in itertools.chain(*sets):
         T, obs, terminal = len(episode.rewards), flatten(episode.observations), episode.terminations
-        scores.append(episode.rewards.sum())
+        outcome = episode.rewards.sum()
         if maze:  # the recording goes on after success, the task ends there
             terminal = reached(episode.observations)[1:]
-            scores[-1] = terminal.any()
-            T = int(terminal.argmax()) + 1 if terminal.any() else T
+            outcome = terminal.any()
+            T = terminal.argmax() + 1 if outcome else T
         action = 2 * (episode.actions[:T] - low) / (high - low) - 1
         episodes.append((obs[:T], action, episode.rewards[:T], obs[1 : T + 1], terminal[:T]))
-    if not sum(len(episode[0]) for episode in episodes):
+        outcomes.append(float(outcome))
+    if not sum(len(action) for _, action, *_ in episodes):
         sys.exit(f"error: {'+'.join(ids)} is empty")
     columns = [np.concatenate(column, dtype=np.float32) for column in zip(*episodes)]
     data = dict(zip(("obs", "action", "reward", "next_obs", "terminal"), columns))
@@ -171,16 +170,15 @@ def load_dataset(env, dataset, device):
             sys.exit(f"error: {'+'.join(ids)} has values in {name} that are not finite")
     if maze:
         data["reward"] -= 1
-    elif max(scores) > min(scores):
-        data["reward"] *= 1000 / (max(scores) - min(scores))
+    elif max(outcomes) > min(outcomes):
+        data["reward"] *= 1000 / (max(outcomes) - min(outcomes))
 
-    meta = sets[0].storage.metadata
-    reference = (0.0, 1.0) if maze else (meta.get("ref_min_score"), meta.get("ref_max_score"))  # mazes: success rate
-    if None in reference:
-        reference = D4RL_SCORES.get(spec.id.partition("-")[0] if spec else None, (0.0, 100.0))  # else: the return itself
-    checksum = 0
+    meta, checksum = sets[0].storage.metadata, 0
     for column in columns:
         checksum = zlib.crc32(column, checksum)
+    reference = (0.0, 1.0) if maze else (meta.get("ref_min_score"), meta.get("ref_max_score"))  # mazes: success rate
+    if None in reference:
+        reference = D4RL_SCORES.get(spec.id.partition("-")[0] if spec else None, (0.0, 100.0))  # else the return itself
     info = {
         "env": env,
         "environment": spec and {"id": spec.id, "kwargs": spec.kwargs, "max_episode_steps": spec.max_episode_steps},
@@ -188,23 +186,24 @@ def load_dataset(env, dataset, device):
         "state_dim": data["obs"].shape[1],
         "action_low": low.tolist(),
         "action_high": high.tolist(),
-        "reference": reference,
-        "data_score": 100 * (float(np.mean(scores)) - reference[0]) / (reference[1] - reference[0]),
+        "reference": reference,  # the outcomes that score 0 and 100
+        "data_score": 100 * (float(np.mean(outcomes)) - reference[0]) / (reference[1] - reference[0]),
         "fingerprint": [len(data["obs"]), checksum],
     }
-    print(f"{env}: {len(data['obs']):,} transitions of {len(scores):,} episodes, score {info['data_score']:.1f}")
+    print(f"{env}: {len(data['obs']):,} transitions of {len(outcomes):,} episodes, score {info['data_score']:.1f}")
     return {name: torch.from_numpy(column).to(device) for name, column in data.items()}, info
 
 
 class Linear(nn.Module):
-    """R independent nn.Linear layers: x [R, B, n_in] -> [R, B, n_out], each drawn from its own generator as nn.Linear is."""
+    """R independent nn.Linear layers, x [R, B, n_in] -> [R, B, n_out], drawn as nn.Linear is, by own generators."""
 
     def __init__(self, n_in, n_out, generators):
         super().__init__()
-        bound = n_in**-0.5
-        draws = [[torch.empty(*shape).uniform_(-bound, bound, generator=g) for shape in ((n_out, n_in), (1, n_out))] for g in generators]
-        self.weight = nn.Parameter(torch.stack([weight.T for weight, _ in draws]))  # [R, n_in, n_out]
-        self.bias = nn.Parameter(torch.stack([bias for _, bias in draws]))  # [R, 1, n_out]
+        weight, bias = torch.empty(len(generators), n_out, n_in), torch.empty(len(generators), 1, n_out)
+        for r, generator in enumerate(generators):
+            weight[r].uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator)
+            bias[r].uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator)
+        self.weight, self.bias = nn.Parameter(weight.mT.contiguous()), nn.Parameter(bias)
 
     def forward(self, x):
         return torch.baddbmm(self.bias, x, self.weight)
@@ -212,7 +211,9 @@ class Linear(nn.Module):
 
 def mlp(sizes, generators):
     """R multilayer perceptrons with ReLU between their layers."""
-    layers = [layer for n_in, n_out in zip(sizes, sizes[1:]) for layer in (Linear(n_in, n_out, generators), nn.ReLU(inplace=True))]
+    layers = []
+    for n_in, n_out in zip(sizes, sizes[1:]):
+        layers += [Linear(n_in, n_out, generators), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
 
@@ -244,10 +245,12 @@ def expectile_loss(u, expectile):
 
 
 def critic_loss(critic, s, a, r, s_next, terminal, gamma, expectile):
-    """Eq. 11 and Eq. 12. s, s_next [R, B, S], a [R, B, A], r, terminal [R, B] -> losses of V and Q [R], V [R, B], Q [R, B]."""
+    """Eq. 11 and Eq. 12. s, s_next [R, B, S], a [R, B, A], r, terminal [R, B] -> v_loss, q_loss [R], V, Q [R, B]."""
     with torch.no_grad():
         q_min = critic.q_target(s, a).min(dim=1).values  # [R, B]
-        q_backup = r + gamma * (1 - terminal) * critic.v(s_next).squeeze(-1)  # a time-out is not terminal: it bootstraps
+        q_backup = r + gamma * (1 - terminal) * critic.v(s_next).squeeze(
+            -1
+        )  # a time-out is not terminal: it bootstraps
     v = critic.v(s).squeeze(-1)
     v_loss = expectile_loss(q_min - v, expectile).mean(dim=-1)  # Eq. 11
     q_loss = ((critic.q(s, a) - q_backup[:, None]) ** 2).mean(dim=(1, 2))  # Eq. 12, the mean of both heads
@@ -255,7 +258,7 @@ def critic_loss(critic, s, a, r, s_next, terminal, gamma, expectile):
 
 
 def make_update(args, critic, optimizer, draw, window):
-    """The training step, a closure without arguments that stays on the device; draw() gives the minibatch [R, B, ...]."""
+    """The training step, a closure without arguments that stays on the device; draw() gives the minibatch."""
 
     def update():
         optimizer.zero_grad(set_to_none=True)
@@ -281,8 +284,10 @@ def setup(args):
     """Refuse values that make no sense, fill in the run's name; returns the device."""
     for name, value in vars(args).items():
         for x in value if isinstance(value, tuple) else (value,):
-            if type(x) in (int, float) and not (0 < x < float("inf") or x == 0 and name in ("seed", "eval_every")):
-                sys.exit(f"error: --{name.replace('_', '-')} {x}: must be positive")
+            may_be_zero = name in ("seed", "eval_every")
+            if type(x) in (int, float) and not (0 < x < float("inf") or may_be_zero and x == 0):
+                rule = "not be negative" if may_be_zero else "be positive"
+                sys.exit(f"error: --{name.replace('_', '-')} {x}: must {rule}")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
     if args.env.removesuffix("-v2") in TASKS:
@@ -310,9 +315,9 @@ def load_checkpoint(path, args, info, model, optimizer, window):
     state = torch.load(path, map_location=window.device, weights_only=True)
     for name, value in asdict(args).items():
         if name not in MAY_CHANGE and state["args"][name] != value:
-            sys.exit(f"error: {path} was written with {name} = {state['args'][name]}, not {value}: resume with the same")
+            sys.exit(f"error: {path} was written with {name} = {state['args'][name]}, not {value}: give the same")
     if state["fingerprint"] != info["fingerprint"]:
-        sys.exit(f"error: {path} was written on other data: resume with the same --dataset")
+        sys.exit(f"error: {path} was written on other data: give the same --dataset")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     window.copy_(state["window"])
@@ -335,6 +340,8 @@ def open_run(args):
     if args.resume and artifact.exists() and not checkpoint.exists():
         print(f"{artifact} is finished, nothing to resume")
         sys.exit(0)
+    if checkpoint.exists() and not args.resume:
+        print(f"{checkpoint} is of an unfinished run, which --resume would go on with; this is a new one")
     if artifact.exists() and not args.resume:
         date = time.strftime("%Y%m%d-%H%M%S", time.localtime(artifact.stat().st_mtime))
         for file in (artifact, artifact.with_suffix(".jsonl")):
@@ -348,7 +355,7 @@ class Logger:
 
     def __init__(self, args, folder, replicas, step):
         path = folder / f"{STAGE}.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if step else []
+        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
         self.file = open(path, "w")
         self.file.writelines(line for line in lines if json.loads(line)["step"] <= step)
         self.replicas, self.start, self.runs = replicas, time.time(), []
@@ -368,7 +375,8 @@ class Logger:
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for i, run in enumerate(self.runs):
-            run.log({name: value[i] if isinstance(value, list) else value for name, value in metrics.items()}, step=step)
+            row = {name: value[i] if isinstance(value, list) else value for name, value in metrics.items()}
+            run.log(row, step=step)
 
     def close(self):
         self.file.close()
@@ -388,7 +396,8 @@ if __name__ == "__main__":
 
     seeds = list(range(args.seed, args.seed + args.num_seeds))
     torch.manual_seed(seeds[0])
-    critic = Critic(info["state_dim"], len(info["action_low"]), [torch.Generator().manual_seed(seed) for seed in seeds]).to(device)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    critic = Critic(info["state_dim"], len(info["action_low"]), generators).to(device)
     parameters = [p for p in critic.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=True, capturable=device.type == "cuda")
     window = torch.zeros(len(METRICS), len(seeds), device=device)  # sums over the steps since the last log line
@@ -418,7 +427,14 @@ if __name__ == "__main__":
     bar.close()
     logger.close()
 
-    artifact = {"stage": STAGE, "format": 1, **info, "seeds": seeds, "args": asdict(args), "weights": critic.state_dict()}
+    artifact = {
+        "stage": STAGE,
+        "format": 1,
+        **info,
+        "seeds": seeds,
+        "args": asdict(args),
+        "weights": critic.state_dict(),
+    }
     save(artifact, folder / f"{STAGE}.pt")
     checkpoint.unlink(missing_ok=True)
     print(f"saved {folder / STAGE}.pt")

@@ -1,12 +1,11 @@
-"""Make the demo's data set, local/pointmaze-demo-v0, without any download: a point mass in a maze, told to reach a goal.
+"""Make the demo's data set, local/pointmaze-demo-v0, without any download: a point mass that has a goal in a maze.
 
     python examples/collect_pointmaze.py
 
-The recipe for data of your own: one EpisodeBuffer per episode, then minari.create_dataset_from_buffers. The layout is that of
-Minari's own mazes: dictionary observations with the goal inside, a task that goes on after success and never terminates.
-
-A third of the episodes steers to the goal; the others go somewhere else or wander from cell to cell, and meet the goal
-at best by chance. To do better than these data, a policy must tell which way leads to its goal.
+The recipe for data of your own: one EpisodeBuffer per episode, then minari.create_dataset_from_buffers. The layout is
+that of Minari's own mazes: dictionary observations that hold the goal, a task that goes on after success and never
+terminates. A third of the episodes steers to the goal; the others go somewhere else or wander from cell to cell, and
+meet the goal at best by chance. To do better than these data, a policy must tell which way leads to its goal.
 """
 
 import collections

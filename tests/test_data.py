@@ -20,7 +20,12 @@ LENGTHS = (5, 1, 7, 30)
 def recorded(data_root):
     rng = np.random.default_rng(0)
     episodes = [
-        episode(rng.normal(size=(n + 1, 3)), rng.uniform(ACTION.low, ACTION.high, (n, 2)).astype(np.float32), rng.normal(size=n), end)
+        episode(
+            rng.normal(size=(n + 1, 3)),
+            rng.uniform(ACTION.low, ACTION.high, (n, 2)).astype(np.float32),
+            rng.normal(size=n),
+            end,
+        )
         for n, end in zip(LENGTHS, ENDS)
     ]
     create("test/plain-v0", episodes, observation_space=BOX, action_space=ACTION)
@@ -34,7 +39,9 @@ def test_transitions_are_those_recorded(recorded):
     for e, end in zip(recorded, ENDS):
         for t in range(len(e.rewards)):
             np.testing.assert_allclose(data["obs"][n], e.observations[t], rtol=1e-6)
-            np.testing.assert_allclose(data["next_obs"][n], e.observations[t + 1], rtol=1e-6)  # never the next episode's
+            np.testing.assert_allclose(
+                data["next_obs"][n], e.observations[t + 1], rtol=1e-6
+            )  # never the next episode's
             np.testing.assert_allclose(data["action"][n], [e.actions[t, 0] / 2, 2 * e.actions[t, 1] - 1], atol=1e-6)
             np.testing.assert_allclose(data["reward"][n], e.rewards[t] * scale, rtol=1e-5)
             assert data["terminal"][n] == (end and t == len(e.rewards) - 1)  # 0 at a time-out
@@ -49,7 +56,9 @@ def test_transitions_are_those_recorded(recorded):
 def test_fingerprint_tells_data_sets_apart(recorded, data_root):
     fingerprint = load_dataset("test/plain-v0", None, "cpu")[1]["fingerprint"]
     assert fingerprint == load_dataset("other name", "test/plain-v0", "cpu")[1]["fingerprint"]
-    changed = [e for e in recorded[:3]] + [episode(recorded[3].observations, recorded[3].actions, recorded[3].rewards + 1e-3)]
+    changed = [e for e in recorded[:3]] + [
+        episode(recorded[3].observations, recorded[3].actions, recorded[3].rewards + 1e-3)
+    ]
     create("test/changed-v0", changed, observation_space=BOX, action_space=ACTION)
     assert fingerprint != load_dataset("test/changed-v0", None, "cpu")[1]["fingerprint"]
 
@@ -70,7 +79,7 @@ def test_equal_returns_leave_the_rewards_alone(data_root):
 
 @pytest.fixture(scope="module")
 def maze(data_root):
-    """A maze's recording of three episodes, two of which are put on their goal at step 3 (and later) and at the last step."""
+    """A recording of three episodes, two of which are put on their goal at step 3 (and later) and at the last step."""
     import gymnasium_robotics
 
     gym.register_envs(gymnasium_robotics)

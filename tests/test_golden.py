@@ -104,7 +104,9 @@ def golden_behavior(module):
     tensors = {t["tensor"].removeprefix("behavior."): t for t in GOLDEN["behavior"]["tensors"]}
     values = {name: fill(t["shape"], t["offset"], name) for name, t in tensors.items()}
     put(model.W, [values["embed.0.W"]])
-    ordered = [values[n] for n in values if n.startswith("cond_model")] + [values[n] for n in values if n.startswith("main")]
+    ordered = [values[n] for n in values if n.startswith("cond_model")] + [
+        values[n] for n in values if n.startswith("main")
+    ]
     first = [p for n, p in model.named_parameters() if n.startswith("time.")]
     rest = [p for n, p in model.named_parameters() if not n.startswith("time.")]
     for parameter, value in zip(first + rest, ordered, strict=True):
@@ -178,7 +180,9 @@ def test_actor(want):
         put(p, [fill(shape, 101 + i)])
     before, action = clones(parameters), policy(x["s"])[0, 0].tolist()
 
-    args = SimpleNamespace(**{k: want[k] for k in ("weight", "baseline", "q_grad_norm")}, lr=srpo_actor.Args.lr, steps=10)
+    args = SimpleNamespace(
+        **{k: want[k] for k in ("weight", "baseline", "q_grad_norm")}, lr=srpo_actor.Args.lr, steps=10
+    )
     optimizer = torch.optim.Adam(parameters, lr=torch.tensor(args.lr), fused=True)
     window = torch.zeros(len(srpo_actor.METRICS), 1)
     batch, beta = (x["s"], x["t"], x["z"]), torch.tensor(want["beta"]).view(1, 1, 1)

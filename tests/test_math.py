@@ -76,7 +76,7 @@ def test_polyak_step():
 
 
 def test_behavior_loss_is_least_at_the_true_noise_predictor():
-    """For actions N(m, s^2) the best eps_psi is E[eps | a_t]: its gradient vanishes, and its loss is the closed form."""
+    """For actions N(m, s^2) the best eps_psi is E[eps | a_t]: its gradient vanishes, its loss is the closed form."""
     m, std, t = 0.3, 0.5, torch.full((1, 200_000, 1), 0.4)
     alpha, sigma = srpo_behavior.alpha_sigma(t)
     variance = alpha**2 * std**2 + sigma**2
@@ -178,7 +178,7 @@ class Frozen:
 
 @pytest.mark.parametrize("baseline, tolerance", [(True, 0.02), (False, 0.002)])
 def test_training_reaches_the_optimum_of_eq14(baseline, tolerance):
-    """Q = -k/2 (a - a_best)^2, behaviour N(m, std^2), t = 0.02: the optimum weighs a_best and m by beta k and alpha^2 / v."""
+    """Q = -k/2 (a - a_best)^2, behaviour N(m, std^2): the optimum weighs a_best by beta k and m by alpha^2 / v."""
     m, std, k, a_best, beta, t = -0.3, 0.5, 40.0, 0.6, 0.05, 0.02
     args = SimpleNamespace(weight=f"t={t}", baseline=baseline, q_grad_norm="none", lr=0.01, steps=600)
     policy = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 1), nn.Tanh())
@@ -187,8 +187,7 @@ def test_training_reaches_the_optimum_of_eq14(baseline, tolerance):
 
     def draw():
         s = torch.randn(1, 256, 2)
-        times, eps = srpo_actor.sample_noise(s[..., :1], t, t)
-        return s, times, eps
+        return s, *srpo_actor.sample_noise((1, 256, 1), t, t, "cpu")
 
     beta_tensor, window = torch.full((1, 1, 1), beta), torch.zeros(3, 1)
     update = srpo_actor.make_update(args, policy, q, Frozen(gaussian(m, std)), optimizer, beta_tensor, draw, window, 0)

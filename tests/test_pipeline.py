@@ -45,7 +45,9 @@ def lines(path):
 def test_end_to_end(tmp_path):
     """All stages and eval in processes of their own, nothing but --env and sizes given."""
     for stage in STAGES:
-        extra = ("--eval-every", 20, "--eval-episodes", 3, "--beta", 0.1, 0.5) if stage == "actor" else ("--num-seeds", 2)
+        extra = (
+            ("--eval-every", 20, "--eval-episodes", 3, "--beta", 0.1, 0.5) if stage == "actor" else ("--num-seeds", 2)
+        )
         out = run(f"srpo_{stage}.py", *TINY, "--steps", 40, *extra)
         assert "saved runs/test-pendulum-v0" in out.stdout
     done = run("eval.py", "--env", "test/pendulum-v0", "--episodes", 12)
@@ -72,7 +74,18 @@ def stage_flags(stage, trained):
     flags = (*TINY, "--steps", 60, "--checkpoint-every", 7)
     if stage != "actor":
         return (*flags, "--num-seeds", 2)
-    return (*flags, "--critic", trained / "critic.pt", "--behavior", trained / "behavior.pt", "--beta", 0.1, 0.5, "--eval-every", 0)
+    return (
+        *flags,
+        "--critic",
+        trained / "critic.pt",
+        "--behavior",
+        trained / "behavior.pt",
+        "--beta",
+        0.1,
+        0.5,
+        "--eval-every",
+        0,
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -142,7 +155,19 @@ def test_a_finished_artifact_is_kept(tmp_path, capsys):
 def test_evaluating_changes_no_bit_of_the_weights(trained, tmp_path):
     paths = ("--critic", trained / "critic.pt", "--behavior", trained / "behavior.pt")
     for every in (0, 5):
-        run("srpo_actor.py", *TINY, "--steps", 20, *paths, "--eval-every", every, "--eval-episodes", 2, "--out-dir", str(every))
+        run(
+            "srpo_actor.py",
+            *TINY,
+            "--steps",
+            20,
+            *paths,
+            "--eval-every",
+            every,
+            "--eval-episodes",
+            2,
+            "--out-dir",
+            str(every),
+        )
     assert same(*(weights(tmp_path / str(every) / "test-pendulum-v0" / "actor.pt") for every in (0, 5)))
 
 
@@ -171,7 +196,10 @@ def test_rollout_against_a_plain_loop(trained):
 def test_maze_episodes_end_at_success_and_score_it():
     """A policy of constant torque, in a corridor that leads to the goal or away from it."""
     maze = [[1, 1, 1, 1, 1], [1, "r", 0, "g", 1], [1, 1, 1, 1, 1]]
-    environment = {"id": "PointMaze_UMaze-v3", "kwargs": {"maze_map": maze, "continuing_task": True, "reset_target": False}}
+    environment = {
+        "id": "PointMaze_UMaze-v3",
+        "kwargs": {"maze_map": maze, "continuing_task": True, "reset_target": False},
+    }
     info = {"environment": environment | {"max_episode_steps": 100}, "maze": True, "reference": (0.0, 1.0)}
     info |= {"action_low": [-1.0, -1.0], "action_high": [1.0, 1.0]}
     policies = [[(np.zeros((8, 2), np.float32), np.float32([x, 0]))] for x in (9, -9)]
@@ -197,13 +225,24 @@ def test_load_policy_in_three_lines_equals_the_trained_network(trained):
     np.testing.assert_allclose(action, 2 * policy(torch.tensor([1, 0, 0.5]).expand(4, 1, 3))[0, 0].detach(), rtol=1e-5)
     for r in range(4):
         act = load_policy(trained / "actor.pt", replica=r)
-        np.testing.assert_allclose(act(obs[r].numpy()), 2 * ours[r].detach(), rtol=1e-4, atol=1e-6)  # the bounds are -2, 2
+        np.testing.assert_allclose(
+            act(obs[r].numpy()), 2 * ours[r].detach(), rtol=1e-4, atol=1e-6
+        )  # the bounds are -2, 2
     assert action.shape == (1,) and action.dtype == np.float32
 
 
 @pytest.mark.parametrize("weight", ["t=0.02", "one", "alpha_over_sigma"])
 def test_actor_variants_run(weight, trained, tmp_path):
-    paths = ("--critic", trained / "critic.pt", "--behavior", trained / "behavior.pt", "--eval-every", 0, "--num-seeds", 1)
+    paths = (
+        "--critic",
+        trained / "critic.pt",
+        "--behavior",
+        trained / "behavior.pt",
+        "--eval-every",
+        0,
+        "--num-seeds",
+        1,
+    )
     flags = ("--weight", weight, "--no-baseline", "--q-grad-norm", "l2", "--hidden-layers", 3)
     run_here("srpo_actor.py", *TINY, "--steps", 3, *paths, *flags)
     artifact = load(tmp_path / "runs" / "test-pendulum-v0" / "actor.pt")

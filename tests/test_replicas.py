@@ -176,7 +176,9 @@ def test_a_replica_steps_as_it_would_alone(stage):
     UPDATE[stage](together, 3, lambda: data, **kwargs[0])()
     UPDATE[stage](alone, 1, lambda: [x[1:2] for x in data], **kwargs[1])()
     for name, x in alone.state_dict().items():
-        torch.testing.assert_close(replica(together.state_dict(), 1, 3)[name], x.unflatten(0, (1, -1))[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            replica(together.state_dict(), 1, 3)[name], x.unflatten(0, (1, -1))[0], rtol=1e-4, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("stage", BUILD)
@@ -227,7 +229,7 @@ def test_minibatches_are_rows_of_the_data_and_differ_between_replicas():
 
 def test_times_are_uniform_in_their_range():
     torch.manual_seed(0)
-    t, eps = srpo_behavior.sample_noise(torch.empty(2, 50_000, 3), 0.02, 0.98)
+    t, eps = srpo_behavior.sample_noise((2, 50_000, 3), 0.02, 0.98, "cpu")
     assert t.shape == (2, 50_000, 1) and eps.shape == (2, 50_000, 3)
     assert 0.02 <= t.min() < 0.021 and 0.979 < t.max() <= 0.98
     assert abs(t.mean() - 0.5) < 0.005 and abs(eps.mean()) < 0.01 and abs(eps.std() - 1) < 0.01
