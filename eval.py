@@ -77,15 +77,29 @@ def make_env(environment):
     return gym.make(environment["id"], max_episode_steps=limit, disable_env_checker=True, **environment["kwargs"])
 
 
-def rollout(act, make_env, seeds):
-    """One episode per seed, in lockstep: act(obs [n, S]) -> [n, A]. Returns [n, 3]: return, success, length."""
+def check_env(info):
+    """Exit with one line now, rather than with an error in the middle of things, if there is no such environment."""
+    try:
+        make_env(info["environment"]).close()
+    except (gym.error.Error, ImportError, TypeError) as e:
+        reason = str(e).splitlines()[0]
+        sys.exit(
+            f"error: cannot make {info['environment']['id']} ({reason}): install its package; to train, --eval-every 0"
+        )
+
+
+def rollout(act, make_env, seeds, maze=False):
+    """One episode per seed, in lockstep: act(obs [n, S]) -> [n, A]. In mazes success ends an episode.
+
+    Returns [n, 3]: return, success, length.
+    """
     envs = [make_env() for _ in seeds]
     obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
     result, running = np.zeros((len(seeds), 3)), list(range(len(seeds)))
     while running:
         for i, action in zip(list(running), act(np.stack([flatten(obs[i]) for i in running]))):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            success = isinstance(obs[i], dict) and reached(obs[i])
+            success = maze and reached(obs[i])
             result[i] += reward, success, 1
             if terminated or truncated or success:
                 running.remove(i)
@@ -96,7 +110,7 @@ def rollout(act, make_env, seeds):
 
 def run_chunk(weights, info, seeds):
     """A worker's job: one policy's episodes of a few seeds."""
-    return rollout(make_act(weights, info), lambda: make_env(info["environment"]), seeds)
+    return rollout(make_act(weights, info), lambda: make_env(info["environment"]), seeds, info["maze"])
 
 
 def evaluate(pool, policies, info, seeds):
@@ -105,7 +119,8 @@ def evaluate(pool, policies, info, seeds):
     Every worker gets ten episodes at a time, so that the number of workers changes nothing.
     """
     chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]
-    plain = {name: info[name] for name in ("environment", "action_low", "action_high")}  # no tensors between processes
+    names = ("environment", "maze", "action_low", "action_high")
+    plain = {name: info[name] for name in names}  # an artifact's tensors must not go between processes
     jobs = [pool.submit(run_chunk, policy, plain, chunk) for policy in policies for chunk in chunks]
     result = np.concatenate([job.result() for job in jobs]).reshape(len(policies), len(seeds), 3)
     returns, success, length = np.moveaxis(result, -1, 0)
@@ -139,8 +154,12 @@ def load_policy(path, replica=0):
     """A saved policy as act(obs) -> action on NumPy arrays, for one observation or a batch of them.
 
     replica: which of the artifact's seeds and betas, in the order of eval.py's table.
+    Raises ValueError if there is no such artifact.
     """
-    artifact = load_artifact(Path(path), "actor", "run srpo_actor.py")
+    try:
+        artifact = load_artifact(path, "actor", "run srpo_actor.py")
+    except SystemExit as e:
+        raise ValueError(e.code) from None  # here it is the caller who decides
     return make_act(policy_weights(artifact["weights"], replica), artifact)
 
 
@@ -148,12 +167,14 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.episodes < 1 or args.workers < 1:
         sys.exit("error: --episodes and --workers must be positive")
-    names = [args.run_name] if args.run_name else [args.env.replace("/", "-"), args.env.removesuffix("-v2")]
-    folders = [Path(args.out_dir, name) for name in names]
-    folder = next((folder for folder in folders if (folder / "actor.pt").exists()), folders[-1])
+    name = args.run_name or args.env.replace("/", "-")
+    folder = Path(args.out_dir, name)
+    if not folder.exists():  # the scripts leave the -v2 of the paper's tasks out
+        folder = Path(args.out_dir, name.removesuffix("-v2"))
     artifact = load_artifact(folder / "actor.pt", "actor", f"run `python srpo_actor.py --env {args.env}`")
     if not artifact["environment"]:
-        sys.exit(f"error: the data of {args.env} name no environment to evaluate in")
+        sys.exit(f"error: the data of {args.env} name no environment to evaluate in: record them with one")
+    check_env(artifact)
 
     seeds, betas = artifact["seeds"], artifact["betas"]
     policies = [policy_weights(artifact["weights"], r) for r in range(len(seeds))]
@@ -175,7 +196,7 @@ if __name__ == "__main__":
         {"seed": seed, "beta": beta, **{name: float(column[r]) for name, column in table.items()}}
         for r, (seed, beta) in enumerate(zip(seeds, betas))
     ]
-    content = {"env": artifact["env"], "data_score": artifact["data_score"], "episodes": args.episodes}
-    content |= {"policies": rows, "summary": summary}
+    content = {"env": artifact["env"], "steps": artifact["args"]["steps"], "episodes": args.episodes}
+    content |= {"data_score": artifact["data_score"], "policies": rows, "summary": summary}
     (folder / "eval.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"saved {folder / 'eval.json'}")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The three stages and eval.py in order.
-#   bash run.sh                                the demo: makes its own data, about 5 minutes on 2 CPU cores
+#   bash run.sh                                the demo: makes its own data, about 6 minutes on 2 CPU cores
 #   bash run.sh hopper-medium --num-seeds 6    any task by the paper's numbers; the flags go to all three stages
 # CRITIC, BEHAVIOR, ACTOR and EVAL may hold flags for one script alone: ACTOR="--beta 0.01 0.05" bash run.sh hopper-medium
 set -euo pipefail
@@ -11,18 +11,25 @@ if (($# == 0)); then
     set -- local/pointmaze-demo-v0
     CRITIC="--steps 25000"
     BEHAVIOR="--steps 6000 --batch-size 256"
-    ACTOR="--steps 8000 --beta 0.1 --eval-every 2000"
+    ACTOR="--steps 8000 --beta 0.2 --eval-every 2000"
 fi
 
 env=$1
 shift
+if [[ $env == -* ]]; then
+    echo "error: first comes the task: bash run.sh TASK [flags]" >&2
+    exit 1
+fi
 python srpo_critic.py --env "$env" "$@" ${CRITIC:-}
 python srpo_behavior.py --env "$env" "$@" ${BEHAVIOR:-}
 python srpo_actor.py --env "$env" "$@" ${ACTOR:-}
 
 where=() # eval.py takes of the flags only those that say where the run is
 while (($#)); do
-    case $1 in --run-name | --out-dir) where+=("$1" "$2") ;; esac
+    case $1 in
+    --run-name | --out-dir) where+=("$1" "$2") ;;
+    --run-name=* | --out-dir=*) where+=("$1") ;;
+    esac
     shift
 done
 python eval.py --env "$env" ${where[@]+"${where[@]}"} ${EVAL:-}

@@ -16,7 +16,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import re
 import sys
 import time
 import zlib
@@ -95,8 +94,16 @@ class Args:
 
 STAGE = "actor"
 METRICS = ("losses/actor_loss", "values/q_mean", "values/q_grad_norm")
-MAY_CHANGE = {"out_dir", "run_name", "device", "tf32", "resume", "checkpoint_every", "track"}  # on resuming
-MAY_CHANGE |= {"critic", "behavior", "eval_every", "eval_episodes", "eval_workers"}
+MAY_CHANGE = {
+    "critic",
+    "behavior",
+    "out_dir",
+    "run_name",
+    "resume",
+    "checkpoint_every",
+    "eval_workers",
+    "track",
+}  # on resuming
 
 
 class Task(NamedTuple):
@@ -144,6 +151,11 @@ def reached(obs):
     return np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1) <= 0.45
 
 
+def leaves(space):
+    """The plain spaces inside a nested dictionary space."""
+    return [leaf for part in space.values() for leaf in leaves(part)] if isinstance(space, gym.spaces.Dict) else [space]
+
+
 def load_dataset(env, dataset, device):
     """Logged transitions of one or several Minari data sets.
 
@@ -157,20 +169,22 @@ def load_dataset(env, dataset, device):
     try:
         sets = [minari.load_dataset(id) for id in ids]
     except (FileNotFoundError, ValueError) as e:
-        near = difflib.get_close_matches(env, TASKS)
-        hint = f" (nearest tasks of the paper: {', '.join(near)})" if near and env not in TASKS else ""
-        sys.exit(f"error: {str(e).partition('. ')[0]}{hint}: try `minari download {' '.join(ids)}`")
-    spec, spaces = sets[0].env_spec, [sets[0].action_space, sets[0].observation_space]
-    while any(isinstance(space, gym.spaces.Dict) for space in spaces):  # the plain spaces inside
-        spaces = [s for space in spaces for s in (space.values() if isinstance(space, gym.spaces.Dict) else [space])]
-    for space in spaces:
+        near = difflib.get_close_matches(env, [*TASKS, *minari.list_local_datasets()])
+        remedy = f"did you mean {' or '.join(near)}?" if near and env not in TASKS else "give a task of the paper"
+        if "/" in ids[0]:
+            remedy = f"run `minari download {' '.join(ids)}`" + (f", or {remedy}" if near and env not in TASKS else "")
+        sys.exit(f"error: {str(e).partition('. ')[0]}: {remedy}")
+    spec, action_space, observation_space = sets[0].env_spec, sets[0].action_space, sets[0].observation_space
+    for space in [action_space, *leaves(observation_space)]:
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             sys.exit(f"error: {env} has a space {space}: only vectors of real numbers are supported")
-    low, high = sets[0].action_space.low, sets[0].action_space.high
-    if not np.isfinite([low, high]).all():
-        sys.exit(f"error: {env} has an unbounded action space: give its data set the bounds that a policy must keep")
+    if any((d.action_space, d.observation_space) != (action_space, observation_space) for d in sets):
+        sys.exit(f"error: {'+'.join(ids)} differ in their spaces: only data sets of one environment can be joined")
+    low, high = action_space.low, action_space.high
+    if not np.isfinite(high - low).all() or not (low < high).all():
+        sys.exit(f"error: {env} has actions from {low} to {high}: give its data set the bounds that a policy must keep")
 
-    maze = spec is not None and "Maze" in spec.id
+    maze = spec is not None and "Maze" in spec.id and isinstance(observation_space, gym.spaces.Dict)
     episodes, outcomes = [], []
     for episode in itertools.chain(*sets):
         T, obs, terminal = len(episode.rewards), flatten(episode.observations), episode.terminations
@@ -205,13 +219,16 @@ def load_dataset(env, dataset, device):
         "environment": spec and {"id": spec.id, "kwargs": spec.kwargs, "max_episode_steps": spec.max_episode_steps},
         "maze": maze,
         "state_dim": data["obs"].shape[1],
+        "action_dim": len(low),
         "action_low": low.tolist(),
         "action_high": high.tolist(),
         "reference": reference,  # the outcomes that score 0 and 100
         "data_score": 100 * (float(np.mean(outcomes)) - reference[0]) / (reference[1] - reference[0]),
         "fingerprint": [len(data["obs"]), checksum],
     }
-    print(f"{env}: {len(data['obs']):,} transitions of {len(outcomes):,} episodes, score {info['data_score']:.1f}")
+    numbers = "the paper's numbers" if env in TASKS else "not a task of the paper, our numbers"
+    size = f"{len(data['obs']):,} transitions of {len(outcomes):,} episodes"
+    print(f"{env}: {size}, which score {info['data_score']:.1f}; what is not given takes {numbers}")
     return {name: torch.from_numpy(column).to(device) for name, column in data.items()}, info
 
 
@@ -324,11 +341,13 @@ def actor_loss(policy, q, eps_psi, s, t, eps, beta, w, baseline, q_grad_norm):
     return (bracket.detach() * a).sum(dim=-1).mean(dim=-1), value.detach(), norm
 
 
-def make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, start):
-    """The training step, a closure without arguments that stays on the device; draw() gives states, times and noise."""
+def make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, done):
+    """The training step, a closure without arguments that stays on the device; draw() gives states, times and noise.
+
+    done, a tensor like window, counts the steps: the learning rate depends on it.
+    """
     w = WEIGHTS.get(args.weight, WEIGHTS["alpha_over_sigma"])  # t=T: Section 4.2
-    step = torch.full((), float(start), device=window.device)
-    S = len(behavior.W)  # seeds
+    S = len(beta) // len(args.beta)  # seeds
 
     def fold(x):  # [R, B, n] -> [S, K B, n]: the K betas of a seed share its frozen networks
         return x.reshape(S, -1, x.shape[-1])
@@ -341,8 +360,8 @@ def make_update(args, policy, q_target, behavior, optimizer, beta, draw, window,
 
     def update():
         optimizer.zero_grad(set_to_none=True)
-        optimizer.param_groups[0]["lr"].copy_(args.lr * (1 + torch.cos(torch.pi * step / args.steps)) / 2)
-        step.add_(1)
+        optimizer.param_groups[0]["lr"].copy_(args.lr * (1 + torch.cos(torch.pi * done / args.steps)) / 2)
+        done.add_(1)
         loss, value, norm = actor_loss(policy, q, eps_psi, *draw(), beta, w, args.baseline, args.q_grad_norm)
         loss.sum().backward()  # replicas share no parameters
         optimizer.step()
@@ -394,15 +413,29 @@ def make_env(environment):
     return gym.make(environment["id"], max_episode_steps=limit, disable_env_checker=True, **environment["kwargs"])
 
 
-def rollout(act, make_env, seeds):
-    """One episode per seed, in lockstep: act(obs [n, S]) -> [n, A]. Returns [n, 3]: return, success, length."""
+def check_env(info):
+    """Exit with one line now, rather than with an error in the middle of things, if there is no such environment."""
+    try:
+        make_env(info["environment"]).close()
+    except (gym.error.Error, ImportError, TypeError) as e:
+        reason = str(e).splitlines()[0]
+        sys.exit(
+            f"error: cannot make {info['environment']['id']} ({reason}): install its package; to train, --eval-every 0"
+        )
+
+
+def rollout(act, make_env, seeds, maze=False):
+    """One episode per seed, in lockstep: act(obs [n, S]) -> [n, A]. In mazes success ends an episode.
+
+    Returns [n, 3]: return, success, length.
+    """
     envs = [make_env() for _ in seeds]
     obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
     result, running = np.zeros((len(seeds), 3)), list(range(len(seeds)))
     while running:
         for i, action in zip(list(running), act(np.stack([flatten(obs[i]) for i in running]))):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            success = isinstance(obs[i], dict) and reached(obs[i])
+            success = maze and reached(obs[i])
             result[i] += reward, success, 1
             if terminated or truncated or success:
                 running.remove(i)
@@ -413,7 +446,7 @@ def rollout(act, make_env, seeds):
 
 def run_chunk(weights, info, seeds):
     """A worker's job: one policy's episodes of a few seeds."""
-    return rollout(make_act(weights, info), lambda: make_env(info["environment"]), seeds)
+    return rollout(make_act(weights, info), lambda: make_env(info["environment"]), seeds, info["maze"])
 
 
 def evaluate(pool, policies, info, seeds):
@@ -422,7 +455,8 @@ def evaluate(pool, policies, info, seeds):
     Every worker gets ten episodes at a time, so that the number of workers changes nothing.
     """
     chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]
-    plain = {name: info[name] for name in ("environment", "action_low", "action_high")}  # no tensors between processes
+    names = ("environment", "maze", "action_low", "action_high")
+    plain = {name: info[name] for name in names}  # an artifact's tensors must not go between processes
     jobs = [pool.submit(run_chunk, policy, plain, chunk) for policy in policies for chunk in chunks]
     result = np.concatenate([job.result() for job in jobs]).reshape(len(policies), len(seeds), 3)
     returns, success, length = np.moveaxis(result, -1, 0)
@@ -439,20 +473,22 @@ def start_workers(workers):
 
 
 def setup(args):
-    """Refuse values that make no sense, fill in the run's name; returns the device."""
+    """Refuse numbers that make no sense, fill in the run's name and the device; returns the device."""
     for name, value in vars(args).items():
         for x in value if isinstance(value, tuple) else (value,):
-            may_be_zero = name in ("seed", "eval_every")
-            if type(x) in (int, float) and not (0 < x < float("inf") or may_be_zero and x == 0):
-                rule = "not be negative" if may_be_zero else "be positive"
-                sys.exit(f"error: --{name.replace('_', '-')} {x}: must {rule}")
+            least = 0 if name in ("seed", "eval_every") else 1e-12
+            if type(x) in (int, float) and not least <= x < float("inf"):
+                sys.exit(f"error: --{name.replace('_', '-')} {x}: must be {'positive' if least else '0 or more'}")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and args.tf32:
+        torch.set_float32_matmul_precision("high")
     if args.env.removesuffix("-v2") in TASKS:
         args.env = args.env.removesuffix("-v2")
     args.run_name = args.run_name or args.env.replace("/", "-")
-    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    return torch.device(args.device)
 
 
 def save(content, path):
@@ -461,21 +497,56 @@ def save(content, path):
     os.replace(f"{path}.tmp", path)
 
 
+def set_aside(path):
+    """A file of an earlier run gets its date into its name; it is never overwritten."""
+    if path.exists():
+        date = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+        print(f"{path} of an earlier run is kept as {path.rename(path.with_stem(f'{path.stem}-{date}')).name}")
+
+
+def refuse_changes(path, then, args):
+    """Exit with one line if an argument that matters is not what it was in the run that --resume goes on with."""
+    for name, value in asdict(args).items():
+        if name not in MAY_CHANGE and then[name] != value:
+            sys.exit(f"error: {path} was written with {name} = {then[name]}, not {value}: give the same to resume it")
+
+
+def open_run(args):
+    """The run's folder, made ready for a new run; with --resume what is there stays, and a finished run ends here."""
+    folder = Path(args.out_dir, args.run_name)
+    artifact, checkpoint, log = (folder / f"{STAGE}.{suffix}" for suffix in ("pt", "ckpt", "jsonl"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        sys.exit(f"error: cannot write to {folder}: name another place with --out-dir")
+    if not args.resume:
+        set_aside(checkpoint)
+        set_aside(log)
+    elif artifact.exists() and not checkpoint.exists():
+        refuse_changes(artifact, torch.load(artifact, map_location="cpu", weights_only=True)["args"], args)
+        print(f"{artifact} is finished, nothing to resume")
+        sys.exit(0)
+    return folder
+
+
 def save_checkpoint(path, args, info, step, model, optimizer, window):
     """All that the next step depends on."""
     rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if window.is_cuda else [])
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "window": window, "rng": rng}
-    save({"args": asdict(args), "fingerprint": info["fingerprint"], "step": step, **state}, path)
+    save({"args": asdict(args), "info": info, "step": step, **state}, path)
 
 
 def load_checkpoint(path, args, info, model, optimizer, window):
     """Put everything back in place; returns the step to go on from."""
     state = torch.load(path, map_location=window.device, weights_only=True)
-    for name, value in asdict(args).items():
-        if name not in MAY_CHANGE and state["args"][name] != value:
-            sys.exit(f"error: {path} was written with {name} = {state['args'][name]}, not {value}: give the same")
-    if state["fingerprint"] != info["fingerprint"]:
-        sys.exit(f"error: {path} was written on other data: give the same --dataset")
+    refuse_changes(path, state["args"], args)
+    if state["info"] != info:
+        sys.exit(f"error: {path} was written with other data or artifacts: resume with the same, or without --resume")
+    if state["step"] > args.steps:
+        sys.exit(f"error: {path} is at step {state['step']}, past --steps {args.steps}: give more steps to resume it")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     window.copy_(state["window"])
@@ -483,29 +554,6 @@ def load_checkpoint(path, args, info, model, optimizer, window):
     if window.is_cuda:
         torch.cuda.set_rng_state(state["rng"][1].cpu())
     return state["step"]
-
-
-def open_run(args):
-    """The run's folder. Sets the artifact of a finished run aside; with --resume a finished run is left as it is."""
-    folder = Path(args.out_dir, args.run_name)
-    artifact, checkpoint = folder / f"{STAGE}.pt", folder / f"{STAGE}.ckpt"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        sys.exit(f"error: cannot write to {folder} ({e.strerror}): name another place with --out-dir")
-    if not os.access(folder, os.W_OK):
-        sys.exit(f"error: cannot write to {folder}: name another place with --out-dir")
-    if args.resume and artifact.exists() and not checkpoint.exists():
-        print(f"{artifact} is finished, nothing to resume")
-        sys.exit(0)
-    if checkpoint.exists() and not args.resume:
-        print(f"{checkpoint} is of an unfinished run, which --resume would go on with; this is a new one")
-    if artifact.exists() and not args.resume:
-        date = time.strftime("%Y%m%d-%H%M%S", time.localtime(artifact.stat().st_mtime))
-        for file in (artifact, artifact.with_suffix(".jsonl")):
-            if file.exists():
-                print(f"{file} of an earlier run is kept as {file.rename(file.with_stem(f'{STAGE}-{date}')).name}")
-    return folder
 
 
 class Logger:
@@ -566,26 +614,28 @@ def select(weights, have, want, prefix=""):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     device = setup(args)
-    if args.weight not in WEIGHTS and not re.fullmatch(r"t=0?\.\d*[1-9]\d*", args.weight):
-        sys.exit(f"error: --weight {args.weight}: must be one of {', '.join(WEIGHTS)} or t=T with T between 0 and 1")
+    try:
+        t_range = (0.02, 0.98) if args.weight in WEIGHTS else (float(args.weight.removeprefix("t=")),) * 2
+    except ValueError:
+        t_range = (0, 0)
+    if not 0.001 <= t_range[0] < 1:
+        sys.exit(f"error: --weight {args.weight}: must be {', '.join(WEIGHTS)} or t=T with T from 0.001 to 1")
     data, info = load_dataset(args.env, args.dataset, device)
     data = {"obs": data["obs"]}
-    S, A = info["state_dim"], len(info["action_low"])
+    S, A = info["state_dim"], info["action_dim"]
     task = TASKS.get(args.env, OTHER_MAZE if info["maze"] else OTHER_TASK)
     args.beta = args.beta or (task.beta,)
     args.q_grad_norm = args.q_grad_norm or task.q_grad_norm
     args.hidden_layers = args.hidden_layers or task.hidden_layers
-    print(f"beta {args.beta}, weight {args.weight}, Q gradient's norm {args.q_grad_norm}, {args.hidden_layers} layers")
-    print(f"{args.steps:,} steps of {args.batch_size} on {device}")
+    print(f"{args.steps:,} steps of {args.batch_size} on {device}, beta {args.beta}, weight {args.weight},", end=" ")
+    print(f"norm of Q's gradient {args.q_grad_norm}, {args.hidden_layers} hidden layers")
 
-    artifacts = {"critic": args.critic, "behavior": args.behavior}
-    for stage, path in artifacts.items():
-        path, remedy = (
-            path or Path(args.out_dir, args.run_name, f"{stage}.pt"),
-            f"run `python srpo_{stage}.py --env {args.env}`",
-        )
+    artifacts = {}
+    for stage in ("critic", "behavior"):
+        path = getattr(args, stage) or Path(args.out_dir, args.run_name, f"{stage}.pt")
+        remedy = f"run `python srpo_{stage}.py --env {args.env}`"
         artifacts[stage] = load_artifact(path, stage, remedy)
-        for name in ("env", "state_dim", "action_low", "action_high", "fingerprint"):
+        for name in ("env", "state_dim", "action_dim", "action_low", "action_high", "fingerprint"):
             there, here = artifacts[stage][name], info[name]
             if there != here:
                 sys.exit(f"error: {path} was trained with {name} = {there}, the data now have {here}: {remedy}")
@@ -594,17 +644,26 @@ if __name__ == "__main__":
     if args.seed is not None or args.num_seeds is not None:
         seeds = list(range(args.seed or 0, (args.seed or 0) + (args.num_seeds or 1)))
     if not seeds or not set(seeds) <= set(have["critic"]) & set(have["behavior"]):
-        wanted = f"seeds {seeds}" if seeds else "seeds that are in both"
-        sys.exit(f"error: the artifacts hold seeds {have}, not the {wanted}: train those with --seed and --num-seeds")
+        remedy = f"run `python srpo_critic.py --env {args.env}` and srpo_behavior.py with --seed and --num-seeds"
+        sys.exit(f"error: the artifacts hold seeds {have}, wanted are {seeds or 'some in both'}: {remedy}")
+    sums = [sum(x.double().sum().item() for x in artifact["weights"].values()) for artifact in artifacts.values()]
+    info["sources"] = [seeds, sums]  # a checkpoint goes with these networks alone
+
+    if args.eval_every and not info["environment"]:
+        print("the data set names no environment: no evaluation")
+        args.eval_every = 0
+    if args.eval_every:
+        check_env(info)
 
     torch.manual_seed(seeds[0])
     replicas = [{"seed": seed, "beta": beta} for seed in seeds for beta in args.beta]
     beta = torch.tensor([replica["beta"] for replica in replicas], device=device).view(-1, 1, 1)  # [R, 1, 1]
     generators = [torch.Generator().manual_seed(replica["seed"]) for replica in replicas]
     policy = mlp([S] + [256] * args.hidden_layers + [A], generators).append(nn.Tanh()).to(device)
-    q_target = TwinQ(S, A, generators[: len(seeds)]).to(device).requires_grad_(False)
+    unused = [torch.Generator()] * len(seeds)  # the frozen networks' weights come from the artifacts
+    q_target = TwinQ(S, A, unused).to(device).requires_grad_(False)
     q_target.load_state_dict(select(artifacts["critic"]["weights"], have["critic"], seeds, "q_target."))
-    behavior = BehaviorModel(S, A, generators[: len(seeds)]).to(device).requires_grad_(False).eval()  # no dropout
+    behavior = BehaviorModel(S, A, unused).to(device).requires_grad_(False).eval()  # no dropout
     behavior.load_state_dict(select(artifacts["behavior"]["weights"], have["behavior"], seeds))
     lr = torch.tensor(args.lr, device=device)  # on the device, where the update sets it
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=True, capturable=device.type == "cuda")
@@ -618,31 +677,25 @@ if __name__ == "__main__":
         print(f"resumed at step {start:,}")
     logger = Logger(args, folder, replicas, start)
     pool = start_workers(args.eval_workers)
-    if args.eval_every and not info["environment"]:
-        print("the data set names no environment: no evaluation")
-        args.eval_every = 0
-
-    t_range = (0.02, 0.98) if args.weight in WEIGHTS else (float(args.weight[2:]),) * 2
+    done = torch.full((), float(start), device=device)
 
     def draw():
         (s,) = sample(data, len(replicas), args.batch_size)
         return s, *sample_noise((*s.shape[:2], A), *t_range, device)
 
-    update = make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, start)
+    update = make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, done)
 
     clock, bar = time.time(), tqdm(total=args.steps, initial=start, desc=STAGE)
     for step in range(start + 1, args.steps + 1):
         update()
         metrics = {}
         if step % args.log_every == 0 or step == args.steps:
-            n = step % args.log_every or args.log_every
-            metrics = dict(zip(METRICS, (window / n).tolist()))
+            metrics = dict(zip(METRICS, (window / (step % args.log_every or args.log_every)).tolist()))
             window.zero_()
+            speed = (step - bar.n) / (time.time() - clock)
             bar.set_postfix({name.split("/")[1]: f"{np.mean(x):.3g}" for name, x in metrics.items()}, refresh=False)
             bar.update(step - bar.n)
-            metrics |= {"charts/SPS": n / (time.time() - clock)}
-            metrics |= {"charts/learning_rate": optimizer.param_groups[0]["lr"].item()}
-            clock = time.time()
+            metrics |= {"charts/SPS": speed, "charts/learning_rate": optimizer.param_groups[0]["lr"].item()}
         if args.eval_every and (step % args.eval_every == 0 or step == args.steps):
             policies = [policy_weights(policy.state_dict(), r) for r in range(len(replicas))]
             result = evaluate(pool, policies, info, range(args.eval_episodes))
@@ -650,14 +703,17 @@ if __name__ == "__main__":
             bar.set_description(f"{STAGE}, score {np.mean(metrics['eval/score']):.1f}")
         if metrics:
             logger.log(step, metrics)
+            clock = time.time()
         if step % args.checkpoint_every == 0 and step < args.steps:
             save_checkpoint(checkpoint, args, info, step, policy, optimizer, window)
     bar.close()
-    logger.close()
     pool.shutdown()
 
     labels = {f"{key}s": [replica[key] for replica in replicas] for key in ("seed", "beta")}
-    artifact = {"stage": STAGE, "format": 1, **info, **labels, "args": asdict(args), "weights": policy.state_dict()}
+    labels |= {"hidden_layers": args.hidden_layers, "args": asdict(args)}
+    artifact = {"stage": STAGE, "format": 1, **info, **labels, "weights": policy.state_dict()}
+    set_aside(folder / f"{STAGE}.pt")
     save(artifact, folder / f"{STAGE}.pt")
     checkpoint.unlink(missing_ok=True)
     print(f"saved {folder / STAGE}.pt")
+    logger.close()

@@ -75,7 +75,7 @@ class Args:
 
 STAGE = "critic"
 METRICS = ("losses/v_loss", "losses/q_loss", "values/v_mean", "values/q_mean", "values/q_max")
-MAY_CHANGE = {"steps", "out_dir", "run_name", "device", "tf32", "resume", "checkpoint_every", "track"}  # on resuming
+MAY_CHANGE = {"steps", "out_dir", "run_name", "resume", "checkpoint_every", "track"}  # on resuming
 
 
 class Task(NamedTuple):
@@ -123,6 +123,11 @@ def reached(obs):
     return np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1) <= 0.45
 
 
+def leaves(space):
+    """The plain spaces inside a nested dictionary space."""
+    return [leaf for part in space.values() for leaf in leaves(part)] if isinstance(space, gym.spaces.Dict) else [space]
+
+
 def load_dataset(env, dataset, device):
     """Logged transitions of one or several Minari data sets.
 
@@ -136,20 +141,22 @@ def load_dataset(env, dataset, device):
     try:
         sets = [minari.load_dataset(id) for id in ids]
     except (FileNotFoundError, ValueError) as e:
-        near = difflib.get_close_matches(env, TASKS)
-        hint = f" (nearest tasks of the paper: {', '.join(near)})" if near and env not in TASKS else ""
-        sys.exit(f"error: {str(e).partition('. ')[0]}{hint}: try `minari download {' '.join(ids)}`")
-    spec, spaces = sets[0].env_spec, [sets[0].action_space, sets[0].observation_space]
-    while any(isinstance(space, gym.spaces.Dict) for space in spaces):  # the plain spaces inside
-        spaces = [s for space in spaces for s in (space.values() if isinstance(space, gym.spaces.Dict) else [space])]
-    for space in spaces:
+        near = difflib.get_close_matches(env, [*TASKS, *minari.list_local_datasets()])
+        remedy = f"did you mean {' or '.join(near)}?" if near and env not in TASKS else "give a task of the paper"
+        if "/" in ids[0]:
+            remedy = f"run `minari download {' '.join(ids)}`" + (f", or {remedy}" if near and env not in TASKS else "")
+        sys.exit(f"error: {str(e).partition('. ')[0]}: {remedy}")
+    spec, action_space, observation_space = sets[0].env_spec, sets[0].action_space, sets[0].observation_space
+    for space in [action_space, *leaves(observation_space)]:
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             sys.exit(f"error: {env} has a space {space}: only vectors of real numbers are supported")
-    low, high = sets[0].action_space.low, sets[0].action_space.high
-    if not np.isfinite([low, high]).all():
-        sys.exit(f"error: {env} has an unbounded action space: give its data set the bounds that a policy must keep")
+    if any((d.action_space, d.observation_space) != (action_space, observation_space) for d in sets):
+        sys.exit(f"error: {'+'.join(ids)} differ in their spaces: only data sets of one environment can be joined")
+    low, high = action_space.low, action_space.high
+    if not np.isfinite(high - low).all() or not (low < high).all():
+        sys.exit(f"error: {env} has actions from {low} to {high}: give its data set the bounds that a policy must keep")
 
-    maze = spec is not None and "Maze" in spec.id
+    maze = spec is not None and "Maze" in spec.id and isinstance(observation_space, gym.spaces.Dict)
     episodes, outcomes = [], []
     for episode in itertools.chain(*sets):
         T, obs, terminal = len(episode.rewards), flatten(episode.observations), episode.terminations
@@ -184,13 +191,16 @@ def load_dataset(env, dataset, device):
         "environment": spec and {"id": spec.id, "kwargs": spec.kwargs, "max_episode_steps": spec.max_episode_steps},
         "maze": maze,
         "state_dim": data["obs"].shape[1],
+        "action_dim": len(low),
         "action_low": low.tolist(),
         "action_high": high.tolist(),
         "reference": reference,  # the outcomes that score 0 and 100
         "data_score": 100 * (float(np.mean(outcomes)) - reference[0]) / (reference[1] - reference[0]),
         "fingerprint": [len(data["obs"]), checksum],
     }
-    print(f"{env}: {len(data['obs']):,} transitions of {len(outcomes):,} episodes, score {info['data_score']:.1f}")
+    numbers = "the paper's numbers" if env in TASKS else "not a task of the paper, our numbers"
+    size = f"{len(data['obs']):,} transitions of {len(outcomes):,} episodes"
+    print(f"{env}: {size}, which score {info['data_score']:.1f}; what is not given takes {numbers}")
     return {name: torch.from_numpy(column).to(device) for name, column in data.items()}, info
 
 
@@ -248,9 +258,8 @@ def critic_loss(critic, s, a, r, s_next, terminal, gamma, expectile):
     """Eq. 11 and Eq. 12. s, s_next [R, B, S], a [R, B, A], r, terminal [R, B] -> v_loss, q_loss [R], V, Q [R, B]."""
     with torch.no_grad():
         q_min = critic.q_target(s, a).min(dim=1).values  # [R, B]
-        q_backup = r + gamma * (1 - terminal) * critic.v(s_next).squeeze(
-            -1
-        )  # a time-out is not terminal: it bootstraps
+        # only terminations end the return: a time-out bootstraps
+        q_backup = r + gamma * (1 - terminal) * critic.v(s_next).squeeze(-1)
     v = critic.v(s).squeeze(-1)
     v_loss = expectile_loss(q_min - v, expectile).mean(dim=-1)  # Eq. 11
     q_loss = ((critic.q(s, a) - q_backup[:, None]) ** 2).mean(dim=(1, 2))  # Eq. 12, the mean of both heads
@@ -281,20 +290,22 @@ def sample(data, replicas, batch_size):
 
 
 def setup(args):
-    """Refuse values that make no sense, fill in the run's name; returns the device."""
+    """Refuse numbers that make no sense, fill in the run's name and the device; returns the device."""
     for name, value in vars(args).items():
         for x in value if isinstance(value, tuple) else (value,):
-            may_be_zero = name in ("seed", "eval_every")
-            if type(x) in (int, float) and not (0 < x < float("inf") or may_be_zero and x == 0):
-                rule = "not be negative" if may_be_zero else "be positive"
-                sys.exit(f"error: --{name.replace('_', '-')} {x}: must {rule}")
+            least = 0 if name in ("seed", "eval_every") else 1e-12
+            if type(x) in (int, float) and not least <= x < float("inf"):
+                sys.exit(f"error: --{name.replace('_', '-')} {x}: must be {'positive' if least else '0 or more'}")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and args.tf32:
+        torch.set_float32_matmul_precision("high")
     if args.env.removesuffix("-v2") in TASKS:
         args.env = args.env.removesuffix("-v2")
     args.run_name = args.run_name or args.env.replace("/", "-")
-    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    return torch.device(args.device)
 
 
 def save(content, path):
@@ -303,21 +314,56 @@ def save(content, path):
     os.replace(f"{path}.tmp", path)
 
 
+def set_aside(path):
+    """A file of an earlier run gets its date into its name; it is never overwritten."""
+    if path.exists():
+        date = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+        print(f"{path} of an earlier run is kept as {path.rename(path.with_stem(f'{path.stem}-{date}')).name}")
+
+
+def refuse_changes(path, then, args):
+    """Exit with one line if an argument that matters is not what it was in the run that --resume goes on with."""
+    for name, value in asdict(args).items():
+        if name not in MAY_CHANGE and then[name] != value:
+            sys.exit(f"error: {path} was written with {name} = {then[name]}, not {value}: give the same to resume it")
+
+
+def open_run(args):
+    """The run's folder, made ready for a new run; with --resume what is there stays, and a finished run ends here."""
+    folder = Path(args.out_dir, args.run_name)
+    artifact, checkpoint, log = (folder / f"{STAGE}.{suffix}" for suffix in ("pt", "ckpt", "jsonl"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        sys.exit(f"error: cannot write to {folder}: name another place with --out-dir")
+    if not args.resume:
+        set_aside(checkpoint)
+        set_aside(log)
+    elif artifact.exists() and not checkpoint.exists():
+        refuse_changes(artifact, torch.load(artifact, map_location="cpu", weights_only=True)["args"], args)
+        print(f"{artifact} is finished, nothing to resume")
+        sys.exit(0)
+    return folder
+
+
 def save_checkpoint(path, args, info, step, model, optimizer, window):
     """All that the next step depends on."""
     rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if window.is_cuda else [])
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "window": window, "rng": rng}
-    save({"args": asdict(args), "fingerprint": info["fingerprint"], "step": step, **state}, path)
+    save({"args": asdict(args), "info": info, "step": step, **state}, path)
 
 
 def load_checkpoint(path, args, info, model, optimizer, window):
     """Put everything back in place; returns the step to go on from."""
     state = torch.load(path, map_location=window.device, weights_only=True)
-    for name, value in asdict(args).items():
-        if name not in MAY_CHANGE and state["args"][name] != value:
-            sys.exit(f"error: {path} was written with {name} = {state['args'][name]}, not {value}: give the same")
-    if state["fingerprint"] != info["fingerprint"]:
-        sys.exit(f"error: {path} was written on other data: give the same --dataset")
+    refuse_changes(path, state["args"], args)
+    if state["info"] != info:
+        sys.exit(f"error: {path} was written with other data or artifacts: resume with the same, or without --resume")
+    if state["step"] > args.steps:
+        sys.exit(f"error: {path} is at step {state['step']}, past --steps {args.steps}: give more steps to resume it")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     window.copy_(state["window"])
@@ -325,29 +371,6 @@ def load_checkpoint(path, args, info, model, optimizer, window):
     if window.is_cuda:
         torch.cuda.set_rng_state(state["rng"][1].cpu())
     return state["step"]
-
-
-def open_run(args):
-    """The run's folder. Sets the artifact of a finished run aside; with --resume a finished run is left as it is."""
-    folder = Path(args.out_dir, args.run_name)
-    artifact, checkpoint = folder / f"{STAGE}.pt", folder / f"{STAGE}.ckpt"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        sys.exit(f"error: cannot write to {folder} ({e.strerror}): name another place with --out-dir")
-    if not os.access(folder, os.W_OK):
-        sys.exit(f"error: cannot write to {folder}: name another place with --out-dir")
-    if args.resume and artifact.exists() and not checkpoint.exists():
-        print(f"{artifact} is finished, nothing to resume")
-        sys.exit(0)
-    if checkpoint.exists() and not args.resume:
-        print(f"{checkpoint} is of an unfinished run, which --resume would go on with; this is a new one")
-    if artifact.exists() and not args.resume:
-        date = time.strftime("%Y%m%d-%H%M%S", time.localtime(artifact.stat().st_mtime))
-        for file in (artifact, artifact.with_suffix(".jsonl")):
-            if file.exists():
-                print(f"{file} of an earlier run is kept as {file.rename(file.with_stem(f'{STAGE}-{date}')).name}")
-    return folder
 
 
 class Logger:
@@ -392,12 +415,12 @@ if __name__ == "__main__":
     args.expectile = args.expectile or task.expectile
     if args.expectile >= 1 or args.gamma > 1:
         sys.exit("error: --expectile must be below 1, and --gamma at most 1")
-    print(f"expectile {args.expectile}, gamma {args.gamma}, {args.steps:,} steps of {args.batch_size} on {device}")
+    print(f"{args.steps:,} steps of {args.batch_size} on {device}, expectile {args.expectile}, gamma {args.gamma}")
 
     seeds = list(range(args.seed, args.seed + args.num_seeds))
     torch.manual_seed(seeds[0])
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    critic = Critic(info["state_dim"], len(info["action_low"]), generators).to(device)
+    critic = Critic(info["state_dim"], info["action_dim"], generators).to(device)
     parameters = [p for p in critic.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=True, capturable=device.type == "cuda")
     window = torch.zeros(len(METRICS), len(seeds), device=device)  # sums over the steps since the last log line
@@ -415,26 +438,21 @@ if __name__ == "__main__":
     for step in range(start + 1, args.steps + 1):
         update()
         if step % args.log_every == 0 or step == args.steps:
-            n = step % args.log_every or args.log_every
-            metrics = dict(zip(METRICS, (window / n).tolist()))
+            metrics = dict(zip(METRICS, (window / (step % args.log_every or args.log_every)).tolist()))
             window.zero_()
+            speed = (step - bar.n) / (time.time() - clock)
             bar.set_postfix({name.split("/")[1]: f"{np.mean(x):.3g}" for name, x in metrics.items()}, refresh=False)
             bar.update(step - bar.n)
-            logger.log(step, metrics | {"charts/SPS": n / (time.time() - clock), "charts/learning_rate": args.lr})
+            logger.log(step, metrics | {"charts/SPS": speed, "charts/learning_rate": args.lr})
             clock = time.time()
         if step % args.checkpoint_every == 0 and step < args.steps:
             save_checkpoint(checkpoint, args, info, step, critic, optimizer, window)
     bar.close()
-    logger.close()
 
-    artifact = {
-        "stage": STAGE,
-        "format": 1,
-        **info,
-        "seeds": seeds,
-        "args": asdict(args),
-        "weights": critic.state_dict(),
-    }
+    labels = {"seeds": seeds, "args": asdict(args)}
+    artifact = {"stage": STAGE, "format": 1, **info, **labels, "weights": critic.state_dict()}
+    set_aside(folder / f"{STAGE}.pt")
     save(artifact, folder / f"{STAGE}.pt")
     checkpoint.unlink(missing_ok=True)
     print(f"saved {folder / STAGE}.pt")
+    logger.close()

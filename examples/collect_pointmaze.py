@@ -34,6 +34,9 @@ class Args:
     """first episode's seed"""
 
 
+SPEED, NOISE = 4.0, 0.5  # of the controller
+
+
 def make_env():
     with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about other environments
         import gymnasium_robotics
@@ -78,9 +81,9 @@ def record_episode(env, seed):
         waypoint = maze.cell_rowcol_to_xy(np.array(nearer[here]))
         if here == target and kind == "to the goal":
             waypoint = obs["desired_goal"]
-        velocity = obs["observation"][2:]
-        action = 10 * (waypoint - obs["achieved_goal"]) - velocity + 0.5 * rng.standard_normal(2)
-        actions.append(np.clip(action, -1, 1).astype(np.float32))
+        way, velocity = waypoint - obs["achieved_goal"], obs["observation"][2:]
+        wanted = 5 * way * min(1, SPEED / (5 * np.linalg.norm(way) + 1e-6))
+        actions.append(np.clip(wanted - velocity + NOISE * rng.standard_normal(2), -1, 1).astype(np.float32))
         obs, reward, _, truncated, info = env.step(actions[-1])
         observations.append(obs)
         rewards.append(reward)

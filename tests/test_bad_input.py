@@ -49,7 +49,9 @@ def bad_data(data_root):
 
 
 DATA = {
-    "hoper-medium": "nearest tasks of the paper: hopper-medium",
+    "hoper-medium": "did you mean hopper-medium",
+    "bad/nam-v0": "run `minari download bad/nam-v0`, or did you mean bad/nan-v0",
+    "zzz": "give a task of the paper",
     "hopper-medium": "minari download mujoco/hopper/medium-v0",  # there is none on this machine
     "hopper-medium-replay": "Minari has no data set for hopper-medium-replay: name one with --dataset",
     "no/such-set-v0": "minari download no/such-set-v0",
@@ -58,7 +60,7 @@ DATA = {
     "bad/image-v0": "only vectors of real numbers",
     "bad/image-in-dict-v0": "only vectors of real numbers",
     "bad/discrete-v0": "only vectors of real numbers",
-    "bad/unbounded-v0": "unbounded action space",
+    "bad/unbounded-v0": "give its data set the bounds that a policy must keep",
     "bad/empty-v0": "is empty",
 }
 FLAGS = {
@@ -66,7 +68,7 @@ FLAGS = {
         ("--steps 0", "--steps 0: must be positive"),
         ("--batch-size -1", "--batch-size -1: must be positive"),
         ("--num-seeds 0", "--num-seeds 0: must be positive"),
-        ("--seed -1", "--seed -1: must not be negative"),
+        ("--seed -1", "--seed -1: must be 0 or more"),
         ("--lr nan", "--lr nan: must be positive"),
         ("--log-every 0", "--log-every 0: must be positive"),
         ("--expectile 1.0", "--expectile must be below 1"),
@@ -80,10 +82,11 @@ FLAGS = {
     "actor": [
         ("--beta 0", "--beta 0.0: must be positive"),
         ("--beta 0.1 -0.5", "--beta -0.5: must be positive"),
-        ("--weight sigma", "one of sigma2, one, alpha_over_sigma or t=T"),
-        ("--weight t=2", "one of sigma2, one, alpha_over_sigma or t=T"),
-        ("--weight t=0", "one of sigma2, one, alpha_over_sigma or t=T"),
-        ("--eval-every -1", "--eval-every -1: must not be negative"),
+        ("--weight sigma", "must be sigma2, one, alpha_over_sigma or t=T"),
+        ("--weight t=2", "must be sigma2, one, alpha_over_sigma or t=T"),
+        ("--weight t=1e-9", "must be sigma2, one, alpha_over_sigma or t=T"),
+        ("--weight t=0", "must be sigma2, one, alpha_over_sigma or t=T"),
+        ("--eval-every -1", "--eval-every -1: must be 0 or more"),
         ("--eval-workers 0", "--eval-workers 0: must be positive"),
         ("--hidden-layers 0", "--hidden-layers 0: must be positive"),
     ],
@@ -153,8 +156,11 @@ def actor(trained, *flags):
         (("--env", "bad/other-v0"), "trained with env = test/pendulum-v0"),
         (("--dataset", "bad/wider-v0"), "trained with state_dim = 3, the data now have 4"),
         (("--dataset", "bad/other-v0"), "trained with fingerprint"),
-        (("--num-seeds", 3), "not the seeds [0, 1, 2]: train those with --seed and --num-seeds"),
-        (("--seed", 7), "hold seeds {'critic': [0, 1], 'behavior': [0, 1]}, not the seeds [7]"),
+        (("--num-seeds", 3), "wanted are [0, 1, 2]"),
+        (
+            ("--seed", 7),
+            "hold seeds {'critic': [0, 1], 'behavior': [0, 1]}, wanted are [7]: run `python srpo_critic.py",
+        ),
     ],
 )
 def test_bad_input_artifacts_of_something_else(flags, message, trained):

@@ -1,12 +1,12 @@
 """load_dataset against plain loops over what was recorded."""
 
 import gymnasium as gym
-import minari
-import minari.dataset.minari_dataset
 import numpy as np
 import pytest
 from conftest import create, episode, random_episodes
 
+import srpo_actor
+import srpo_behavior
 import srpo_critic
 from srpo_critic import flatten, load_dataset
 
@@ -51,6 +51,13 @@ def test_transitions_are_those_recorded(recorded):
     assert info["state_dim"] == 3 and info["action_low"] == [-2, 0] and info["action_high"] == [2, 1]
     assert info["environment"] is None and not info["maze"]
     assert info["data_score"] == pytest.approx(np.mean(returns))
+
+
+def test_only_equal_spaces_are_joined(recorded, data_root):
+    wider = gym.spaces.Box(-10, 10, (2,), np.float32)
+    create("test/other-bounds-v0", recorded[:1], observation_space=BOX, action_space=wider)
+    with pytest.raises(SystemExit, match="only data sets of one environment can be joined"):
+        load_dataset("x", "test/plain-v0+test/other-bounds-v0", "cpu")
 
 
 def test_fingerprint_tells_data_sets_apart(recorded, data_root):
@@ -125,11 +132,31 @@ def test_reference_scores(recorded, data_root):
     assert load_dataset("test/scored-v0", None, "cpu")[1]["reference"] == (-1, 3)
 
 
+TABLE_2 = """
+medium-expert  walker2d 0.1   halfcheetah 0.01  hopper 0.01
+medium         walker2d 0.05  halfcheetah 0.2   hopper 0.05
+medium-replay  walker2d 0.5   halfcheetah 0.2   hopper 0.2
+umaze 0.02  umaze-diverse 0.04  medium-play 0.08  medium-diverse 0.05  large-play 0.06  large-diverse 0.05
+"""
+
+
 def test_every_task_of_the_paper_has_its_numbers():
-    tasks = srpo_critic.TASKS
-    assert len(tasks) == 15
-    for name, task in tasks.items():
+    beta, rows = {}, [line.split() for line in TABLE_2.strip().splitlines()]
+    for level, *cells in rows[:3]:
+        beta |= {f"{domain}-{level}": float(x) for domain, x in zip(cells[::2], cells[1::2])}
+    beta |= {f"antmaze-{maze}": float(x) for maze, x in zip(rows[3][::2], rows[3][1::2])}
+    assert {name: task.beta for name, task in srpo_critic.TASKS.items()} == beta and len(beta) == 15
+    for name, task in srpo_critic.TASKS.items():
         maze = name.startswith("antmaze")
         assert (task.expectile, task.hidden_layers, task.q_grad_norm) == ((0.9, 4, "rms") if maze else (0.7, 2, "none"))
-        assert all(minari.dataset.minari_dataset.parse_dataset_id(id) for id in task.data.split("+") if id)
-        assert 0.01 <= task.beta <= 0.5
+    assert srpo_critic.TASKS["walker2d-medium-expert"].data == "mujoco/walker2d/medium-v0+mujoco/walker2d/expert-v0"
+    assert srpo_critic.TASKS["antmaze-large-play"].data == "D4RL/antmaze/large-play-v1"
+
+
+def test_defaults_are_the_papers():
+    critic, behavior, actor = srpo_critic.Args(env=""), srpo_behavior.Args(env=""), srpo_actor.Args(env="")
+    assert (critic.steps, critic.batch_size, critic.lr) == (1_500_000, 256, 3e-4)
+    assert (critic.gamma, critic.tau) == (0.99, 0.005)
+    assert (behavior.steps, behavior.batch_size, behavior.lr) == (2_000_000, 2048, 3e-4)
+    assert (actor.steps, actor.batch_size, actor.lr) == (1_000_000, 256, 3e-4)
+    assert (actor.weight, actor.baseline) == ("sigma2", True)

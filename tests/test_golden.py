@@ -22,6 +22,13 @@ C = GOLDEN["constants"]
 S, A, B = C["state_dim"], C["action_dim"], C["batch"]
 
 
+@pytest.fixture(autouse=True)
+def constants(monkeypatch):
+    for module in (srpo_behavior, srpo_actor):
+        monkeypatch.setattr(module, "BETA_0", C["beta_0"])
+        monkeypatch.setattr(module, "BETA_1", C["beta_1"])
+
+
 def wave(shape, offset):
     """Computed in float64, then cast; what is made of it is computed in float32."""
     i = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64)
@@ -122,9 +129,7 @@ def test_inputs_are_rebuilt():
 
 
 @pytest.mark.parametrize("module", [srpo_behavior, srpo_actor])
-def test_schedule(module, monkeypatch):
-    monkeypatch.setattr(module, "BETA_0", C["beta_0"])
-    monkeypatch.setattr(module, "BETA_1", C["beta_1"])
+def test_schedule(module):
     alpha, sigma = module.alpha_sigma(torch.tensor(GOLDEN["schedule"]["t"], dtype=torch.float64))
     np.testing.assert_allclose(alpha, GOLDEN["schedule"]["alpha"], rtol=1e-7)
     np.testing.assert_allclose(sigma, GOLDEN["schedule"]["sigma"], rtol=1e-7)
@@ -187,7 +192,7 @@ def test_actor(want):
     window = torch.zeros(len(srpo_actor.METRICS), 1)
     batch, beta = (x["s"], x["t"], x["z"]), torch.tensor(want["beta"]).view(1, 1, 1)
     frozen = copy.deepcopy([q_target.state_dict(), behavior.state_dict()])
-    srpo_actor.make_update(args, policy, q_target, behavior, optimizer, beta, lambda: batch, window, 0)()
+    srpo_actor.make_update(args, policy, q_target, behavior, optimizer, beta, lambda: batch, window, torch.zeros(()))()
 
     metrics = dict(zip(srpo_actor.METRICS, window[:, 0].tolist()))
     assert metrics["losses/actor_loss"] == pytest.approx(want["loss_times_beta"], rel=1e-5)

@@ -164,33 +164,23 @@ def test_baseline_changes_the_noise_of_the_gradient_and_not_its_mean(t, helps):
     assert (grad[True].std() < grad[False].std()) == helps
 
 
-class Frozen:
-    """A function in the place of a frozen network of one replica."""
-
-    W = torch.zeros(1)
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, *x):
-        return self.function(*x)
-
-
 @pytest.mark.parametrize("baseline, tolerance", [(True, 0.02), (False, 0.002)])
 def test_training_reaches_the_optimum_of_eq14(baseline, tolerance):
     """Q = -k/2 (a - a_best)^2, behaviour N(m, std^2): the optimum weighs a_best by beta k and m by alpha^2 / v."""
     m, std, k, a_best, beta, t = -0.3, 0.5, 40.0, 0.6, 0.05, 0.02
-    args = SimpleNamespace(weight=f"t={t}", baseline=baseline, q_grad_norm="none", lr=0.01, steps=600)
+    args = SimpleNamespace(weight=f"t={t}", baseline=baseline, q_grad_norm="none", lr=0.01, steps=600, beta=[beta])
     policy = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 1), nn.Tanh())
     optimizer = torch.optim.Adam(policy.parameters(), lr=torch.tensor(args.lr))
-    q = Frozen(lambda s, a: (-k / 2 * (a - a_best) ** 2).squeeze(-1)[:, None].expand(-1, 2, -1))
+
+    def q(s, a):
+        return (-k / 2 * (a - a_best) ** 2).squeeze(-1)[:, None].expand(-1, 2, -1)
 
     def draw():
         s = torch.randn(1, 256, 2)
         return s, *srpo_actor.sample_noise((1, 256, 1), t, t, "cpu")
 
-    beta_tensor, window = torch.full((1, 1, 1), beta), torch.zeros(3, 1)
-    update = srpo_actor.make_update(args, policy, q, Frozen(gaussian(m, std)), optimizer, beta_tensor, draw, window, 0)
+    rest = torch.full((1, 1, 1), beta), draw, torch.zeros(3, 1), torch.zeros(())
+    update = srpo_actor.make_update(args, policy, q, gaussian(m, std), optimizer, *rest)
     for _ in range(args.steps):
         update()
     alpha, sigma = (x.item() for x in srpo_actor.alpha_sigma(torch.tensor(t)))
@@ -229,14 +219,18 @@ def test_a_flat_q_gives_a_finite_gradient(norm):
 
 def test_learning_rate_follows_torch_cosine_schedule():
     policy, args = nn.Linear(2, 1), SimpleNamespace(weight="one", baseline=True, q_grad_norm="none", lr=0.3, steps=20)
+    args.beta = [0.1]
     reference = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=args.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(reference, T_max=args.steps)
-    q = Frozen(lambda s, a: 0 * a.squeeze(-1)[:, None].expand(-1, 2, -1))
+
+    def q(s, a):
+        return 0 * a.squeeze(-1)[:, None].expand(-1, 2, -1)
+
     noise = torch.randn(1, 4, 2), torch.full((1, 4, 1), 0.5), torch.randn(1, 4, 1)
     rest = torch.full((1, 1, 1), 0.1), lambda: noise, torch.zeros(3, 1)
     for start in (0, 10):  # from the beginning, and resumed at step 10
         optimizer = torch.optim.Adam(policy.parameters(), lr=torch.tensor(args.lr))
-        update = srpo_actor.make_update(args, policy, q, Frozen(gaussian(0, 1)), optimizer, *rest, start)
+        update = srpo_actor.make_update(args, policy, q, gaussian(0, 1), optimizer, *rest, torch.tensor(float(start)))
         for _ in range(10):
             update()
             assert optimizer.param_groups[0]["lr"].item() == pytest.approx(reference.param_groups[0]["lr"], abs=1e-12)

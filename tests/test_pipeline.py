@@ -6,15 +6,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, run, run_here
+from conftest import ROOT, TINY, command, run, run_here
 
 import eval as srpo_eval
 import srpo_actor
+import srpo_behavior
+import srpo_critic
 
 STAGES = ("critic", "behavior", "actor")
 EXPECTED = {  # metric names
@@ -67,6 +70,61 @@ def test_end_to_end(tmp_path):
     assert logs["actor"][0]["beta"] == [0.1, 0.5, 0.1, 0.5]
     assert ["eval/score" in line for line in logs["actor"]] == [False, True, False, True]
     assert not list(folder.glob("*.ckpt*")) and not list(folder.glob("*.tmp"))
+
+
+def test_the_main_parts_set_up_what_the_paper_says(trained):
+    """What stands outside of functions: initial weights, optimizers, times, and the actor's frozen networks."""
+    tiny = (*TINY, "--steps", 1, "--lr", 1e-9, "--out-dir")
+    six = run_here("srpo_critic.py", *tiny, "six", "--num-seeds", 6)
+    alone = run_here("srpo_critic.py", *tiny, "one", "--seed", 4)
+    for name, x in alone["critic"].state_dict().items():
+        torch.testing.assert_close(six["critic"].state_dict()[name].unflatten(0, (6, -1))[4], x, rtol=1e-5, atol=1e-6)
+    assert type(six["optimizer"]) is torch.optim.Adam and len(six["seeds"]) == 6
+
+    names = run_here("srpo_behavior.py", *tiny, "one", "--batch-size", 5000)
+    assert type(names["optimizer"]) is torch.optim.AdamW and names["optimizer"].defaults["weight_decay"] == 0.01
+    assert names["model"].training
+    t = names["draw"]()[2]
+    assert 0.001 <= t.min() < 0.005 and 0.995 < t.max() <= 1
+
+    paths = ("--critic", trained / "critic.pt", "--behavior", trained / "behavior.pt", "--eval-every", 0)
+    names = run_here("srpo_actor.py", *tiny, "one", *paths, "--batch-size", 5000, "--seed", 1, "--beta", 0.1, 0.2)
+    assert type(names["optimizer"]) is torch.optim.Adam and not names["behavior"].training
+    t = names["draw"]()[1]
+    assert 0.02 <= t.min() < 0.03 and 0.97 < t.max() <= 0.98
+    critic, behavior = weights(trained / "critic.pt"), weights(trained / "behavior.pt")
+    for name, x in names["q_target"].state_dict().items():
+        assert torch.equal(x, critic[f"q_target.{name}"][2:])  # seed 1's two heads
+    for name, x in names["behavior"].state_dict().items():
+        assert torch.equal(x, behavior[name][1:])
+    initial = srpo_actor.mlp([3, 256, 256, 1], [torch.Generator().manual_seed(1)] * 1).state_dict()
+    for name, x in initial.items():
+        torch.testing.assert_close(names["policy"].state_dict()[name], x.repeat(2, 1, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_the_update_asks_nothing_of_the_host(trained):
+    """On fake tensors, which hold no values, whatever needs a value on the host (.item(), if tensor: ...) raises."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+    with FakeTensorMode():
+        with pytest.raises(DataDependentOutputException):
+            torch.ones(1).sum().item()
+        gens = [torch.Generator()]
+        networks = (
+            srpo_critic.Critic(3, 1, gens),
+            srpo_behavior.BehaviorModel(3, 1, gens),
+            srpo_actor.mlp([3, 8, 1], gens),
+        )
+        frozen = srpo_actor.TwinQ(3, 1, gens), srpo_actor.BehaviorModel(3, 1, gens)
+        args = SimpleNamespace(gamma=0.9, expectile=0.7, tau=0.1, weight="one", baseline=True, q_grad_norm="rms")
+        args.lr, args.steps, args.beta = 0.1, 10, [0.1]
+        s, a, r = torch.zeros(1, 8, 3), torch.zeros(1, 8, 1), torch.zeros(1, 8)
+        lr, beta, done = torch.tensor(0.1), torch.ones(1, 1, 1), torch.zeros(())
+        adam = [torch.optim.Adam(net.parameters(), lr=lr, fused=True) for net in networks]
+        draws = [lambda: (s, a, r, s, r), lambda: (s, a, a, a), lambda: (s, a, a)]
+        srpo_critic.make_update(args, networks[0], adam[0], draws[0], torch.zeros(5, 1))()
+        srpo_behavior.make_update(args, networks[1], adam[1], draws[1], torch.zeros(1, 1))()
+        srpo_actor.make_update(args, networks[2], *frozen, adam[2], beta, draws[2], torch.zeros(3, 1), done)()
 
 
 def stage_flags(stage, trained):
@@ -126,30 +184,58 @@ def slowed(script, *flags):
 
 def test_resume_of_a_finished_run_does_nothing(trained, capsys):
     before = (trained / "critic.pt").stat().st_mtime_ns
+    flags = (*TINY, "--steps", 20, "--num-seeds", 2, "--out-dir", trained.parent, "--resume")
     with pytest.raises(SystemExit) as e:
-        run_here("srpo_critic.py", *TINY, "--steps", 20, "--num-seeds", 2, "--out-dir", trained.parent, "--resume")
+        run_here("srpo_critic.py", *flags)
     assert e.value.code == 0 and "finished" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="gamma = 0.99, not 0.5"):  # that would be another run
+        run_here("srpo_critic.py", *flags, "--gamma", 0.5)
     assert (trained / "critic.pt").stat().st_mtime_ns == before
 
 
-def test_resume_refuses_other_arguments(tmp_path):
-    checkpoint = tmp_path / "runs" / "test-pendulum-v0" / "critic.ckpt"
-    names = run_here("srpo_critic.py", *TINY, "--steps", 10)
-    info, args, critic = names["info"], names["args"], names["critic"]
-    names["save_checkpoint"](checkpoint, args, info, 5, critic, names["optimizer"], names["window"])
-    with pytest.raises(SystemExit, match="batch_size = 8, not 9"):
-        run_here("srpo_critic.py", *TINY, "--steps", 10, "--batch-size", 9, "--resume")
+def unfinished(script, *flags):
+    """Train, and put a checkpoint of step 5 into the place of the artifact."""
+    names = run_here(script, *flags)
+    (names["folder"] / f"{names['STAGE']}.pt").unlink()
+    net = names["policy"] if "policy" in names else names["critic"]
+    names["save_checkpoint"](
+        names["checkpoint"], names["args"], names["info"], 5, net, names["optimizer"], names["window"]
+    )
+
+
+def test_resume_refuses_other_arguments_and_data(tmp_path):
+    unfinished("srpo_critic.py", *TINY, "--steps", 10)
+    for flags, message in (
+        (("--batch-size", 9), "batch_size = 8, not 9"),
+        (("--seed", 3), "seed = 0, not 3"),
+        (("--dataset", "test/pendulum-v0+test/pendulum-v0"), "dataset = None, not test/pendulum-v0"),
+        (("--steps", 4), "is at step 5, past --steps 4"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run_here("srpo_critic.py", *TINY, "--steps", 10, *flags, "--resume")
     run_here("srpo_critic.py", *TINY, "--steps", 12, "--resume")  # more steps are fine
 
 
-def test_a_finished_artifact_is_kept(tmp_path, capsys):
+def test_resume_refuses_other_frozen_networks(trained, tmp_path):
+    paths = ("--behavior", trained / "behavior.pt", "--eval-every", 0, "--steps", 10)
+    run_here("srpo_critic.py", *TINY, "--steps", 21, "--num-seeds", 2, "--run-name", "another")
+    unfinished("srpo_actor.py", *TINY, "--critic", trained / "critic.pt", *paths)
+    with pytest.raises(SystemExit, match="other data or artifacts"):
+        run_here("srpo_actor.py", *TINY, "--critic", "runs/another/critic.pt", *paths, "--resume")
+    run_here("srpo_actor.py", *TINY, "--critic", trained / "critic.pt", *paths, "--resume")
+
+
+def test_nothing_finished_or_unfinished_is_overwritten(tmp_path, capsys):
     folder = tmp_path / "runs" / "test-pendulum-v0"
     run_here("srpo_critic.py", *TINY, "--steps", 10)
-    first = weights(folder / "critic.pt")
+    first, log = weights(folder / "critic.pt"), (folder / "critic.jsonl").read_text()
+    (folder / "critic.ckpt").write_text("of a run that was killed")
     run_here("srpo_critic.py", *TINY, "--steps", 10, "--seed", 1)
-    (kept,) = folder.glob("critic-*.pt")
+    (kept,), (kept_log,), (kept_checkpoint,) = (list(folder.glob(f"critic-*.{s}")) for s in ("pt", "jsonl", "ckpt"))
     assert same(weights(kept), first) and not same(weights(folder / "critic.pt"), first)
-    assert kept.name in capsys.readouterr().out
+    assert kept_log.read_text() == log and kept_checkpoint.read_text() == "of a run that was killed"
+    out = capsys.readouterr().out
+    assert all(path.name in out for path in (kept, kept_log, kept_checkpoint))
 
 
 def test_evaluating_changes_no_bit_of_the_weights(trained, tmp_path):
@@ -191,6 +277,46 @@ def test_rollout_against_a_plain_loop(trained):
             obs, reward, terminated, truncated, _ = env.step(act(obs))
             total, length, done = total + reward, length + 1, terminated or truncated
         assert row.tolist() == [pytest.approx(total, rel=1e-4), 0, length]
+
+
+def test_eval_and_training_play_different_episodes(trained, monkeypatch):
+    played = []
+    for script in ("eval.py", "srpo_actor.py"):
+        text = (ROOT / script).read_text()
+        (call,) = [line for line in text.splitlines() if "= evaluate(pool" in line]
+        played.append(set(eval(call.partition("range")[2].join(["range", ""])[:-1], {"args": Everything(100)})))
+    assert len(played[0]) == len(played[1]) == 100 and not played[0] & played[1]
+
+
+class Everything:
+    """Arguments that all have one value."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __getattr__(self, name):
+        return self.value
+
+
+def test_dictionaries_that_are_no_mazes(data_root):
+    """Vectors in a dictionary, in an environment that has no goal."""
+    gym.register("Dictionary-v0", entry_point=Dictionary, max_episode_steps=5)
+    info = {"environment": {"id": "Dictionary-v0", "kwargs": {}, "max_episode_steps": 5}, "maze": False}
+    result = srpo_eval.rollout(lambda obs: obs[:, :1], lambda: srpo_eval.make_env(info["environment"]), [0, 1])
+    assert result.tolist() == [[15.0, 0, 5]] * 2  # the sum of 1, ..., 5
+
+
+class Dictionary(gym.Env):
+    observation_space = gym.spaces.Dict({"b": gym.spaces.Box(0, 9, (1,)), "a": gym.spaces.Box(0, 9, (1,))})
+    action_space = gym.spaces.Box(0, 9, (1,))
+
+    def reset(self, seed=None, options=None):
+        self.t = 1
+        return {"b": np.zeros(1), "a": np.array([self.t])}, {}
+
+    def step(self, action):
+        self.t += 1
+        return {"b": np.zeros(1), "a": np.array([self.t])}, float(action[0]), False, False, {}
 
 
 def test_maze_episodes_end_at_success_and_score_it():

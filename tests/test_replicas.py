@@ -139,9 +139,9 @@ def actor_update(net, R, draw, seeds=None, betas=None):
     q = srpo_actor.TwinQ(S, A, generators(seeds)).requires_grad_(False)
     behavior = srpo_actor.BehaviorModel(S, A, generators(seeds)).requires_grad_(False).eval()
     optimizer = torch.optim.Adam(net.parameters(), lr=torch.tensor(1e-3))
-    args = SimpleNamespace(weight="sigma2", baseline=True, q_grad_norm="rms", lr=1e-3, steps=10)
+    args = SimpleNamespace(weight="sigma2", baseline=True, q_grad_norm="rms", lr=1e-3, steps=10, beta=betas)
     beta = torch.tensor([b for _ in seeds for b in betas]).view(-1, 1, 1)
-    return srpo_actor.make_update(args, net, q, behavior, optimizer, beta, draw, torch.zeros(3, R), 0)
+    return srpo_actor.make_update(args, net, q, behavior, optimizer, beta, draw, torch.zeros(3, R), torch.zeros(()))
 
 
 UPDATE = {"critic": critic_update, "behavior": behavior_update, "actor": actor_update}
