@@ -168,9 +168,11 @@ if __name__ == "__main__":
     if args.episodes < 1 or args.workers < 1:
         sys.exit("error: --episodes and --workers must be positive")
     name = args.run_name or args.env.replace("/", "-")
-    folder = Path(args.out_dir, name)
-    if not folder.exists():  # the scripts leave the -v2 of the paper's tasks out
-        folder = Path(args.out_dir, name.removesuffix("-v2"))
+    folders = [
+        Path(args.out_dir, name),
+        Path(args.out_dir, name.removesuffix("-v2")),
+    ]  # tasks of the paper drop their -v2
+    folder = next((folder for folder in folders if folder.exists()), folders[0])
     artifact = load_artifact(folder / "actor.pt", "actor", f"run `python srpo_actor.py --env {args.env}`")
     if not artifact["environment"]:
         sys.exit(f"error: the data of {args.env} name no environment to evaluate in: record them with one")
@@ -190,7 +192,7 @@ if __name__ == "__main__":
     for beta in dict.fromkeys(betas):
         score = table["score"][[b == beta for b in betas]]
         summary.append({"beta": beta, "score_mean": score.mean(), "score_std": score.std(), "seeds": len(score)})
-        print(f"beta {beta:g}: score {score.mean():.1f} +- {score.std():.1f} (mean +- std of {len(score)} seeds)")
+        print(f"beta {beta:g}: score {score.mean():.1f} +- {score.std():.1f} (mean +- std over {len(score)} seed(s))")
 
     rows = [
         {"seed": seed, "beta": beta, **{name: float(column[r]) for name, column in table.items()}}

@@ -226,9 +226,9 @@ def load_dataset(env, dataset, device):
         "data_score": 100 * (float(np.mean(outcomes)) - reference[0]) / (reference[1] - reference[0]),
         "fingerprint": [len(data["obs"]), checksum],
     }
-    numbers = "the paper's numbers" if env in TASKS else "not a task of the paper, our numbers"
     size = f"{len(data['obs']):,} transitions of {len(outcomes):,} episodes"
-    print(f"{env}: {size}, which score {info['data_score']:.1f}; what is not given takes {numbers}")
+    defaults = "the paper's" if env in TASKS else "ours, this is no task of the paper"
+    print(f"{env}: {size}, their score {info['data_score']:.1f}. Defaults: {defaults}")
     return {name: torch.from_numpy(column).to(device) for name, column in data.items()}, info
 
 
@@ -666,7 +666,8 @@ if __name__ == "__main__":
     behavior = BehaviorModel(S, A, unused).to(device).requires_grad_(False).eval()  # no dropout
     behavior.load_state_dict(select(artifacts["behavior"]["weights"], have["behavior"], seeds))
     lr = torch.tensor(args.lr, device=device)  # on the device, where the update sets it
-    optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=True, capturable=device.type == "cuda")
+    fast = {"fused": True, "capturable": device.type == "cuda"}
+    optimizer = torch.optim.Adam(policy.parameters(), lr=lr, **fast)
     window = torch.zeros(len(METRICS), len(replicas), device=device)  # sums over the steps since the last log line
 
     folder = open_run(args)

@@ -198,9 +198,9 @@ def load_dataset(env, dataset, device):
         "data_score": 100 * (float(np.mean(outcomes)) - reference[0]) / (reference[1] - reference[0]),
         "fingerprint": [len(data["obs"]), checksum],
     }
-    numbers = "the paper's numbers" if env in TASKS else "not a task of the paper, our numbers"
     size = f"{len(data['obs']):,} transitions of {len(outcomes):,} episodes"
-    print(f"{env}: {size}, which score {info['data_score']:.1f}; what is not given takes {numbers}")
+    defaults = "the paper's" if env in TASKS else "ours, this is no task of the paper"
+    print(f"{env}: {size}, their score {info['data_score']:.1f}. Defaults: {defaults}")
     return {name: torch.from_numpy(column).to(device) for name, column in data.items()}, info
 
 
@@ -422,7 +422,8 @@ if __name__ == "__main__":
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     critic = Critic(info["state_dim"], info["action_dim"], generators).to(device)
     parameters = [p for p in critic.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=True, capturable=device.type == "cuda")
+    fast = {"fused": True, "capturable": device.type == "cuda"}
+    optimizer = torch.optim.Adam(parameters, lr=args.lr, **fast)
     window = torch.zeros(len(METRICS), len(seeds), device=device)  # sums over the steps since the last log line
 
     folder = open_run(args)

@@ -34,14 +34,24 @@ class Args:
     """first episode's seed"""
 
 
-SPEED, NOISE = 4.0, 0.5  # of the controller
+MAZE = [  # PointMaze_Medium's walls (1); episodes start at any r and have one of the g for their goal
+    [1, 1, 1, 1, 1, 1, 1, 1],
+    [1, "g", "r", 1, 1, "r", "g", 1],
+    [1, "r", "r", 1, "r", "r", "r", 1],
+    [1, 1, "r", "r", "r", 1, 1, 1],
+    [1, "r", "r", 1, "r", "r", "r", 1],
+    [1, "r", 1, "r", "r", 1, "r", 1],
+    [1, "g", "r", "r", 1, "r", "g", 1],
+    [1, 1, 1, 1, 1, 1, 1, 1],
+]
 
 
 def make_env():
     with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about other environments
         import gymnasium_robotics
     gym.register_envs(gymnasium_robotics)
-    return gym.make("PointMaze_Medium-v3", max_episode_steps=300, continuing_task=True, reset_target=False)
+    kwargs = {"maze_map": MAZE, "continuing_task": True, "reset_target": False}
+    return gym.make("PointMaze_Medium-v3", max_episode_steps=300, **kwargs)
 
 
 def next_cells(maze_map, target):
@@ -65,25 +75,24 @@ def record_episode(env, seed):
     def cell(xy):
         return tuple(maze.cell_xy_to_rowcol(xy).tolist())
 
-    def random_cell():
-        return free[rng.integers(len(free))]
-
     obs, _ = env.reset(seed=seed)
     kind = rng.choice(["to the goal", "elsewhere", "wandering"])
-    target = cell(obs["desired_goal"]) if kind == "to the goal" else random_cell()
+    target = cell(obs["desired_goal"]) if kind == "to the goal" else free[rng.integers(len(free))]
     nearer = next_cells(maze.maze_map, target)
+    push, pushed = np.zeros(2), 0  # a random force, and for how many steps it goes on
     observations, actions, rewards, truncated, success = [obs], [], [], False, False
     while not truncated:
         here = cell(obs["achieved_goal"])
-        if here == target and kind == "wandering":
-            target = random_cell()
-            nearer = next_cells(maze.maze_map, target)
         waypoint = maze.cell_rowcol_to_xy(np.array(nearer[here]))
         if here == target and kind == "to the goal":
             waypoint = obs["desired_goal"]
         way, velocity = waypoint - obs["achieved_goal"], obs["observation"][2:]
-        wanted = 5 * way * min(1, SPEED / (5 * np.linalg.norm(way) + 1e-6))
-        actions.append(np.clip(wanted - velocity + NOISE * rng.standard_normal(2), -1, 1).astype(np.float32))
+        action = 10 * way - 2 * velocity + 0.5 * rng.standard_normal(2)
+        if pushed == 0 and (kind == "wandering" or rng.random() < 0.02):
+            push, pushed = rng.uniform(-1, 1, 2), rng.integers(1, 20)
+        if pushed > 0:
+            action, pushed = push, pushed - 1
+        actions.append(np.clip(action, -1, 1).astype(np.float32))
         obs, reward, _, truncated, info = env.step(actions[-1])
         observations.append(obs)
         rewards.append(reward)

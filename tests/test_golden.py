@@ -185,9 +185,8 @@ def test_actor(want):
         put(p, [fill(shape, 101 + i)])
     before, action = clones(parameters), policy(x["s"])[0, 0].tolist()
 
-    args = SimpleNamespace(
-        **{k: want[k] for k in ("weight", "baseline", "q_grad_norm")}, lr=srpo_actor.Args.lr, steps=10
-    )
+    variant = {key: want[key] for key in ("weight", "baseline", "q_grad_norm")}
+    args = SimpleNamespace(**variant, lr=srpo_actor.Args.lr, steps=10, beta=[want["beta"]])
     optimizer = torch.optim.Adam(parameters, lr=torch.tensor(args.lr), fused=True)
     window = torch.zeros(len(srpo_actor.METRICS), 1)
     batch, beta = (x["s"], x["t"], x["z"]), torch.tensor(want["beta"]).view(1, 1, 1)
