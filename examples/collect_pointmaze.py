@@ -4,7 +4,7 @@
 
 The recipe for data of your own: one EpisodeBuffer per episode, then minari.create_dataset_from_buffers. The layout is
 that of Minari's own mazes: dictionary observations that hold the goal, a task that goes on after success and never
-terminates. A third of the episodes steers to the goal; the others go somewhere else or wander from cell to cell, and
+terminates. Half of the episodes steer to the goal; the others go somewhere else or wander from cell to cell, and
 meet the goal at best by chance. To do better than these data, a policy must tell which way leads to its goal.
 """
 
@@ -34,14 +34,14 @@ class Args:
     """first episode's seed"""
 
 
-MAZE = [  # PointMaze_Medium's walls (1); episodes start at any r and have one of the g for their goal
+MAZE = [  # the walls of PointMaze_Medium (1); an episode starts at any r and has its goal at the g
     [1, 1, 1, 1, 1, 1, 1, 1],
-    [1, "g", "r", 1, 1, "r", "g", 1],
+    [1, "r", "r", 1, 1, "r", "r", 1],
     [1, "r", "r", 1, "r", "r", "r", 1],
     [1, 1, "r", "r", "r", 1, 1, 1],
     [1, "r", "r", 1, "r", "r", "r", 1],
-    [1, "r", 1, "r", "r", 1, "r", 1],
-    [1, "g", "r", "r", 1, "r", "g", 1],
+    [1, "r", 1, "r", "r", 1, "g", 1],
+    [1, "r", "r", "r", 1, "r", "r", 1],
     [1, 1, 1, 1, 1, 1, 1, 1],
 ]
 
@@ -75,23 +75,24 @@ def record_episode(env, seed):
     def cell(xy):
         return tuple(maze.cell_xy_to_rowcol(xy).tolist())
 
+    def random_cell():
+        return free[rng.integers(len(free))]
+
     obs, _ = env.reset(seed=seed)
-    kind = rng.choice(["to the goal", "elsewhere", "wandering"])
-    target = cell(obs["desired_goal"]) if kind == "to the goal" else free[rng.integers(len(free))]
+    kind = rng.choice(["to the goal", "elsewhere", "wandering"], p=[0.4, 0.3, 0.3])
+    target = cell(obs["desired_goal"]) if kind == "to the goal" else random_cell()
     nearer = next_cells(maze.maze_map, target)
-    push, pushed = np.zeros(2), 0  # a random force, and for how many steps it goes on
     observations, actions, rewards, truncated, success = [obs], [], [], False, False
     while not truncated:
         here = cell(obs["achieved_goal"])
+        if here == target and kind == "wandering":
+            target = random_cell()
+            nearer = next_cells(maze.maze_map, target)
         waypoint = maze.cell_rowcol_to_xy(np.array(nearer[here]))
         if here == target and kind == "to the goal":
             waypoint = obs["desired_goal"]
         way, velocity = waypoint - obs["achieved_goal"], obs["observation"][2:]
-        action = 10 * way - 2 * velocity + 0.5 * rng.standard_normal(2)
-        if pushed == 0 and (kind == "wandering" or rng.random() < 0.02):
-            push, pushed = rng.uniform(-1, 1, 2), rng.integers(1, 20)
-        if pushed > 0:
-            action, pushed = push, pushed - 1
+        action = 10 * way - 3 * velocity + 0.5 * rng.standard_normal(2)
         actions.append(np.clip(action, -1, 1).astype(np.float32))
         obs, reward, _, truncated, info = env.step(actions[-1])
         observations.append(obs)
@@ -133,8 +134,8 @@ if __name__ == "__main__":
             args.dataset,
             list(buffers),
             env=make_env(),
-            algorithm_name="waypoint controller, two thirds of the episodes astray",
-            description="A point mass in a maze; a third of the episodes steers to its goal.",
+            algorithm_name="waypoint controller, half of the episodes astray",
+            description="A point mass in a maze; half of the episodes steer to its goal.",
         )
     steps = sum(len(buffer.rewards) for buffer in buffers)
     print(f"{args.dataset}: {len(buffers):,} episodes, {steps:,} steps, {time.time() - start:.0f} s")
