@@ -9,7 +9,7 @@ cd "$(dirname "$0")"
 if (($# == 0)); then
     python examples/collect_pointmaze.py
     set -- local/pointmaze-demo-v0
-    CRITIC="--steps 35000 --batch-size 128 --lr 1e-3 --tau 0.02" # few steps: let V's horizon grow fast
+    CRITIC="--steps 40000 --batch-size 128 --lr 1e-3 --tau 0.02" # few steps: let V's horizon grow fast
     BEHAVIOR="--steps 6000 --batch-size 128"
     ACTOR="--steps 8000 --batch-size 128 --beta 0.1 --eval-every 2000"
 fi

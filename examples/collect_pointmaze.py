@@ -37,10 +37,10 @@ class Args:
 MAZE = [  # the walls of PointMaze_Medium (1); an episode starts at any r and has its goal at the g
     [1, 1, 1, 1, 1, 1, 1, 1],
     [1, "r", "r", 1, 1, "r", "r", 1],
-    [1, "r", "r", 1, "r", "r", "r", 1],
+    [1, "g", "r", 1, "r", "r", "r", 1],
     [1, 1, "r", "r", "r", 1, 1, 1],
     [1, "r", "r", 1, "r", "r", "r", 1],
-    [1, "r", 1, "r", "r", 1, "g", 1],
+    [1, "r", 1, "r", "r", 1, "r", 1],
     [1, "r", "r", "r", 1, "r", "r", 1],
     [1, 1, 1, 1, 1, 1, 1, 1],
 ]
