@@ -4,7 +4,7 @@
 
 The recipe for data of your own: one EpisodeBuffer per episode, then minari.create_dataset_from_buffers. The layout is
 that of Minari's own mazes: dictionary observations that hold the goal, a task that goes on after success and never
-terminates. Half of the episodes steer to the goal; the others go somewhere else or wander from cell to cell, and
+terminates. Three episodes of ten steer to the goal; the others go somewhere else or wander from cell to cell, and
 meet the goal at best by chance. To do better than these data, a policy must tell which way leads to its goal.
 """
 
@@ -37,8 +37,8 @@ class Args:
 MAZE = [  # the walls of PointMaze_Medium (1); an episode starts at any r and has its goal at the g
     [1, 1, 1, 1, 1, 1, 1, 1],
     [1, "r", "r", 1, 1, "r", "r", 1],
-    [1, "g", "r", 1, "r", "r", "r", 1],
-    [1, 1, "r", "r", "r", 1, 1, 1],
+    [1, "r", "r", 1, "r", "r", "r", 1],
+    [1, 1, "r", "g", "r", 1, 1, 1],
     [1, "r", "r", 1, "r", "r", "r", 1],
     [1, "r", 1, "r", "r", 1, "r", 1],
     [1, "r", "r", "r", 1, "r", "r", 1],
@@ -79,7 +79,7 @@ def record_episode(env, seed):
         return free[rng.integers(len(free))]
 
     obs, _ = env.reset(seed=seed)
-    kind = rng.choice(["to the goal", "elsewhere", "wandering"], p=[0.4, 0.3, 0.3])
+    kind = rng.choice(["to the goal", "elsewhere", "wandering"], p=[0.3, 0.5, 0.2])
     target = cell(obs["desired_goal"]) if kind == "to the goal" else random_cell()
     nearer = next_cells(maze.maze_map, target)
     observations, actions, rewards, truncated, success = [obs], [], [], False, False
@@ -134,8 +134,8 @@ if __name__ == "__main__":
             args.dataset,
             list(buffers),
             env=make_env(),
-            algorithm_name="waypoint controller, half of the episodes astray",
-            description="A point mass in a maze; half of the episodes steer to its goal.",
+            algorithm_name="waypoint controller, most of the episodes astray",
+            description="A point mass in a maze; three episodes of ten steer to its goal.",
         )
     steps = sum(len(buffer.rewards) for buffer in buffers)
     print(f"{args.dataset}: {len(buffers):,} episodes, {steps:,} steps, {time.time() - start:.0f} s")
