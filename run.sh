@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The three stages and eval.py in order.
-#   bash run.sh                                the demo: makes its own data, about 6 minutes on 2 CPU cores
+#   bash run.sh                                the demo: makes its own data, 5 to 6 minutes on 2 CPU cores
 #   bash run.sh hopper-medium --num-seeds 6    any task by the paper's numbers; the flags go to all three stages
 # CRITIC, BEHAVIOR, ACTOR and EVAL may hold flags for one script alone: ACTOR="--beta 0.01 0.05" bash run.sh hopper-medium
 set -euo pipefail

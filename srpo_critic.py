@@ -255,7 +255,7 @@ def expectile_loss(u, expectile):
 
 
 def critic_loss(critic, s, a, r, s_next, terminal, gamma, expectile):
-    """Eq. 11 and Eq. 12. s, s_next [R, B, S], a [R, B, A], r, terminal [R, B] -> v_loss, q_loss [R], V, Q [R, B]."""
+    """Eq. 11 and Eq. 12. s, s_next [R, B, S], a [R, B, A], r, terminal [R, B] -> losses [R]; V, target Q [R, B]."""
     with torch.no_grad():
         q_min = critic.q_target(s, a).min(dim=1).values  # [R, B]
         # only terminations end the return: a time-out bootstraps
