@@ -615,9 +615,10 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     device = setup(args)
     try:
-        t_range = (0.02, 0.98) if args.weight in WEIGHTS else (float(args.weight.removeprefix("t=")),) * 2
+        fixed_t = float(args.weight[2:]) if args.weight.startswith("t=") else 0
     except ValueError:
-        t_range = (0, 0)
+        fixed_t = 0
+    t_range = (0.02, 0.98) if args.weight in WEIGHTS else (fixed_t, fixed_t)
     if not 0.001 <= t_range[0] < 1:
         sys.exit(f"error: --weight {args.weight}: must be {', '.join(WEIGHTS)} or t=T with T from 0.001 to 1")
     data, info = load_dataset(args.env, args.dataset, device)

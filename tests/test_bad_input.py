@@ -84,6 +84,8 @@ FLAGS = {
         ("--beta 0.1 -0.5", "--beta -0.5: must be positive"),
         ("--weight sigma", "must be sigma2, one, alpha_over_sigma or t=T"),
         ("--weight t=2", "must be sigma2, one, alpha_over_sigma or t=T"),
+        ("--weight 0.5", "must be sigma2, one, alpha_over_sigma or t=T"),
+        ("--weight t=", "must be sigma2, one, alpha_over_sigma or t=T"),
         ("--weight t=1e-9", "must be sigma2, one, alpha_over_sigma or t=T"),
         ("--weight t=0", "must be sigma2, one, alpha_over_sigma or t=T"),
         ("--eval-every -1", "--eval-every -1: must be 0 or more"),
