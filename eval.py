@@ -14,6 +14,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -33,6 +34,8 @@ class Args:
     """episodes per replica"""
     workers: int = os.cpu_count()
     """processes that evaluate"""
+    eval_env: Literal["fixed", "data"] = "fixed"
+    """mazes: one start and one goal as in D4RL, or those that the data were recorded with"""
 
 
 def flatten(obs):
@@ -68,7 +71,7 @@ def policy_weights(state_dict, replica):
 
 
 def make_env(environment):
-    """The environment that the data came from."""
+    """One of info's environments: its id with its own keyword arguments, never the bare id."""
     if environment["id"] not in gym.registry:
         with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about other environments
             import gymnasium_robotics
@@ -77,15 +80,17 @@ def make_env(environment):
     return gym.make(environment["id"], max_episode_steps=limit, disable_env_checker=True, **environment["kwargs"])
 
 
-def check_env(info):
+def check_env(environment, info):
     """Exit with one line now, rather than with an error in the middle of things, if there is no such environment."""
     try:
-        make_env(info["environment"]).close()
+        env = make_env(environment)
     except (gym.error.Error, ImportError, TypeError) as e:
         reason = str(e).splitlines()[0]
-        sys.exit(
-            f"error: cannot make {info['environment']['id']} ({reason}): install its package; to train, --eval-every 0"
-        )
+        sys.exit(f"error: cannot make {environment['id']} ({reason}): install its package; to train, --eval-every 0")
+    there = gym.spaces.flatdim(env.observation_space), gym.spaces.flatdim(env.action_space)
+    if there != (info["state_dim"], info["action_dim"]):
+        sys.exit(f"error: {environment['id']} has {there} state and action dimensions: name the data's own task, --env")
+    env.close()
 
 
 def rollout(act, make_env, seeds, maze=False):
@@ -113,14 +118,14 @@ def run_chunk(weights, info, seeds):
     return rollout(make_act(weights, info), lambda: make_env(info["environment"]), seeds, info["maze"])
 
 
-def evaluate(pool, policies, info, seeds):
+def evaluate(pool, policies, info, environment, seeds):
     """Metrics of policies over one episode per seed: name -> array [policies, seeds].
 
     Every worker gets ten episodes at a time, so that the number of workers changes nothing.
     """
     chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]
-    names = ("environment", "maze", "action_low", "action_high")
-    plain = {name: info[name] for name in names}  # an artifact's tensors must not go between processes
+    plain = {name: info[name] for name in ("maze", "action_low", "action_high")} | {"environment": environment}
+    # (an artifact's tensors must not go between processes)
     jobs = [pool.submit(run_chunk, policy, plain, chunk) for policy in policies for chunk in chunks]
     result = np.concatenate([job.result() for job in jobs]).reshape(len(policies), len(seeds), 3)
     returns, success, length = np.moveaxis(result, -1, 0)
@@ -174,17 +179,19 @@ if __name__ == "__main__":
     ]  # tasks of the paper drop their -v2
     folder = next((folder for folder in folders if folder.exists()), folders[0])
     artifact = load_artifact(folder / "actor.pt", "actor", f"run `python srpo_actor.py --env {args.env}`")
-    if not artifact["environment"]:
+    if not artifact["environments"]:
         sys.exit(f"error: the data of {args.env} name no environment to evaluate in: record them with one")
-    check_env(artifact)
+    environment = artifact["environments"][args.eval_env]
+    check_env(environment, artifact)
 
     seeds, betas = artifact["seeds"], artifact["betas"]
     policies = [policy_weights(artifact["weights"], r) for r in range(len(seeds))]
     with start_workers(args.workers) as pool:  # seeds far from those watched in training
-        result = evaluate(pool, policies, artifact, range(1_000_000, 1_000_000 + args.episodes))
+        result = evaluate(pool, policies, artifact, environment, range(1_000_000, 1_000_000 + args.episodes))
 
     table = {name.split("/")[1]: x.mean(axis=-1) for name, x in result.items()}
-    print(f"{artifact['env']}, {args.episodes} episodes per policy, the data's own score {artifact['data_score']:.1f}")
+    print(f"{artifact['env']}, {args.episodes} episodes per policy in {environment['id']} ({args.eval_env});", end=" ")
+    print(f"the data's own score: {artifact['data_score']:.1f}")
     print(" ".join(f"{name:>14}" for name in ("seed", "beta", *table)))
     for r, (seed, beta) in enumerate(zip(seeds, betas)):
         print(f"{seed:14d} {beta:14g} " + " ".join(f"{column[r]:14.2f}" for column in table.values()))
@@ -198,7 +205,7 @@ if __name__ == "__main__":
         {"seed": seed, "beta": beta, **{name: float(column[r]) for name, column in table.items()}}
         for r, (seed, beta) in enumerate(zip(seeds, betas))
     ]
-    content = {"env": artifact["env"], "steps": artifact["args"]["steps"], "episodes": args.episodes}
-    content |= {"data_score": artifact["data_score"], "policies": rows, "summary": summary}
+    content = {"env": artifact["env"], "steps": artifact["args"]["steps"], "data_score": artifact["data_score"]}
+    content |= {"episodes": args.episodes, "eval_env": args.eval_env, "policies": rows, "summary": summary}
     (folder / "eval.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"saved {folder / 'eval.json'}")

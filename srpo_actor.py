@@ -16,6 +16,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 import zlib
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
+import h5py
 import minari
 import numpy as np
 import torch
@@ -39,7 +41,7 @@ class Args:
     env: str
     """task of the paper (hopper-medium, antmaze-umaze, ...) or id of a Minari data set"""
     dataset: str | None = None
-    """Minari data set to train on instead of the task's own; several joined with +"""
+    """train on this instead: Minari ids joined with +, or an original D4RL file (.hdf5)"""
     run_name: str | None = None
     """files go to <out-dir>/<run-name> (default: the task's name)"""
     out_dir: str = "runs"
@@ -74,6 +76,8 @@ class Args:
     """episodes per evaluation and replica"""
     eval_workers: int = os.cpu_count()
     """processes that evaluate"""
+    eval_env: Literal["fixed", "data"] = "fixed"
+    """mazes: one start and one goal as in D4RL, or those that the data were recorded with"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA when there is one"""
     tf32: bool = True
@@ -107,7 +111,7 @@ MAY_CHANGE = {
 
 
 class Task(NamedTuple):
-    data: str  # Minari ids; Minari has no medium-replay sets
+    data: str  # Minari ids; it has no medium-replay sets
     beta: float
     expectile: float = 0.7
     hidden_layers: int = 2
@@ -137,6 +141,7 @@ D4RL_SCORES = {  # returns that score 0 and 100: a random and an expert policy's
     "HalfCheetah": (-280.178953, 12135.0),
     "Walker2d": (1.629008, 4592.3),
 }
+UMAZE = [[1, 1, 1, 1, 1], [1, "g", 0, 0, 1], [1, 1, 1, 0, 1], [1, "r", 0, 0, 1], [1, 1, 1, 1, 1]]  # r: start, g: goal
 
 
 def flatten(obs):
@@ -156,79 +161,138 @@ def leaves(space):
     return [leaf for part in space.values() for leaf in leaves(part)] if isinstance(space, gym.spaces.Dict) else [space]
 
 
+def environments(data, fixed):
+    """Where to evaluate: "data", where the data were recorded, or "fixed", there with one start and one goal.
+
+    data, fixed: specifications from a data set's metadata, of which id, keyword arguments and step limit are taken.
+    """
+    if "UMaze" in data["id"] and data["kwargs"].get("maze_map", UMAZE) == UMAZE:
+        fixed = data | {"kwargs": data["kwargs"] | {"maze_map": UMAZE}}  # Minari's own map has other walls
+    limit = {"max_episode_steps": data["max_episode_steps"]}
+    specs = {"data": data, "fixed": fixed or data}
+    return {name: {"id": spec["id"], "kwargs": spec["kwargs"]} | limit for name, spec in specs.items()}
+
+
+def open_minari(ids, env):
+    """Episodes of Minari data sets, and what load_dataset's info takes from their metadata."""
+    try:
+        sets = [minari.load_dataset(id) for id in ids]
+    except (FileNotFoundError, ValueError) as e:
+        near = " or ".join(difflib.get_close_matches(env, [*TASKS, *minari.list_local_datasets()]))
+        hint = "" if env in TASKS else f", or did you mean {near or 'a task of the paper'}?"
+        sys.exit(f"error: {str(e).partition('. ')[0]}: run `minari download {' '.join(ids)}`, or copy it there{hint}")
+    spaces = sets[0].action_space, sets[0].observation_space
+    for space in [spaces[0], *leaves(spaces[1])]:
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            sys.exit(f"error: {env} has a space {space}: only vectors of real numbers are supported")
+    if any((d.action_space, d.observation_space) != spaces for d in sets):
+        sys.exit(f"error: {'+'.join(ids)} differ in their spaces: only data sets of one environment can be joined")
+    low, high = spaces[0].low, spaces[0].high
+    if not np.isfinite(high - low).all() or not (low < high).all():
+        sys.exit(f"error: {env} has actions from {low} to {high}: give its data set the bounds that a policy must keep")
+    meta = sets[0].storage.metadata
+    spec, fixed = (json.loads(meta.get(key, "null")) for key in ("env_spec", "eval_env_spec"))
+    maze = spec is not None and "Maze" in spec["id"] and isinstance(spaces[1], gym.spaces.Dict)
+    reference = (0.0, 1.0) if maze else (meta.get("ref_min_score"), meta.get("ref_max_score"))  # mazes: success rate
+    if None in reference:
+        reference = D4RL_SCORES.get(spec["id"].partition("-")[0] if spec else None, (0.0, 100.0))  # else the return
+    episodes = (d[i] for d in sets for i in range(len(d)))  # iterating keeps 50 kB per episode in HDF5's cache
+    return episodes, {
+        "environments": spec and environments(spec, fixed),
+        "maze": maze,
+        "action_low": low.tolist(),
+        "action_high": high.tolist(),
+        "reference": reference,  # the outcomes that score 0 and 100
+    }
+
+
+def open_d4rl(path, env):
+    """The same of an original D4RL file, with the transitions that D4RL's qlearning_dataset takes.
+
+    The next row is the next observation; a time-out and the file's last row have none, so these steps will be lost.
+    """
+    names = ("observations", "actions", "rewards", "terminals", "timeouts")
+    try:
+        with h5py.File(path) as file:
+            if "infos/goal" in file:
+                sys.exit(f"error: {path} has no goals in its observations: use Minari's AntMaze, without --dataset")
+            if missing := [name for name in names if name not in file]:
+                sys.exit(f"error: {path} has no {', '.join(missing)}: give a file like D4RL's, with {', '.join(names)}")
+            obs, action, reward, terminal, timeout = (file[name][:] for name in names)
+    except OSError as e:
+        sys.exit(f"error: {path} cannot be read ({str(e).splitlines()[0]}): give a file of D4RL")
+    reward, terminal, timeout = reward.ravel(), terminal.ravel() > 0, timeout.ravel() > 0  # older files vary
+    timeout[-1:] = True
+    episodes = []
+    for start, end in itertools.pairwise([0, *np.flatnonzero(terminal | timeout) + 1]):
+        columns = action[start:end], reward[start:end], terminal[start:end], timeout[start:end]
+        episodes.append(minari.EpisodeData(start, obs[start : end + 1 - timeout[end - 1]], *columns, infos={}))
+    robot = next((robot for robot in D4RL_SCORES if env.startswith(f"{robot.lower()}-")), None)
+    spec = robot and {"id": f"{robot}-v5", "kwargs": {}, "max_episode_steps": 1000}  # D4RL's own is gone
+    return episodes, {
+        "environments": spec and {"data": spec, "fixed": spec},
+        "maze": False,
+        "action_low": [-1.0] * action.shape[1],
+        "action_high": [1.0] * action.shape[1],
+        "reference": D4RL_SCORES.get(robot, (0.0, 100.0)),
+    }
+
+
 def load_dataset(env, dataset, device):
-    """Logged transitions of one or several Minari data sets.
+    """Logged transitions of one or several Minari data sets, or of an original D4RL file.
 
     Returns data, float32 tensors on the device: obs [N, S], action [N, A] in [-1, 1], reward [N] (scaled as in the
     paper), next_obs [N, S], terminal [N] (0 at a time-out); and info, what the other stages must know of the task.
     Exits with one line if there are no such data or they do not suit.
     """
-    ids = (dataset or (TASKS[env].data if env in TASKS else env)).split("+")
-    if ids == [""]:
-        sys.exit(f"error: Minari has no data set for {env}: name one with --dataset")
-    try:
-        sets = [minari.load_dataset(id) for id in ids]
-    except (FileNotFoundError, ValueError) as e:
-        near = difflib.get_close_matches(env, [*TASKS, *minari.list_local_datasets()])
-        remedy = f"did you mean {' or '.join(near)}?" if near and env not in TASKS else "give a task of the paper"
-        if "/" in ids[0]:
-            remedy = f"run `minari download {' '.join(ids)}`" + (f", or {remedy}" if near and env not in TASKS else "")
-        sys.exit(f"error: {str(e).partition('. ')[0]}: {remedy}")
-    spec, action_space, observation_space = sets[0].env_spec, sets[0].action_space, sets[0].observation_space
-    for space in [action_space, *leaves(observation_space)]:
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            sys.exit(f"error: {env} has a space {space}: only vectors of real numbers are supported")
-    if any((d.action_space, d.observation_space) != (action_space, observation_space) for d in sets):
-        sys.exit(f"error: {'+'.join(ids)} differ in their spaces: only data sets of one environment can be joined")
-    low, high = action_space.low, action_space.high
-    if not np.isfinite(high - low).all() or not (low < high).all():
-        sys.exit(f"error: {env} has actions from {low} to {high}: give its data set the bounds that a policy must keep")
-
-    maze = spec is not None and "Maze" in spec.id and isinstance(observation_space, gym.spaces.Dict)
-    episodes, outcomes = [], []
-    for episode in itertools.chain(*sets):
-        T, obs, terminal = len(episode.rewards), flatten(episode.observations), episode.terminations
-        outcome = episode.rewards.sum()
-        if maze:  # the recording goes on after success, the task ends there
+    other = re.sub(r"^(halfcheetah|hopper|walker2d)-(\w+?)(-v2)?$", r"mujoco/\1/\2-v0", env)  # such as hopper-expert
+    source = dataset or (TASKS[env].data if env in TASKS else other)
+    if not source:
+        file = f"{env.replace('-', '_')}-v2.hdf5"
+        sys.exit(f"error: Minari has no data set for {env}: get D4RL's and name it in every stage, --dataset {file}")
+    episodes, about = open_d4rl(source, env) if source.endswith(".hdf5") else open_minari(source.split("+"), env)
+    low, high = np.float32(about["action_low"]), np.float32(about["action_high"])
+    columns, recorded = [], []
+    for episode in episodes:
+        obs, terminal = flatten(episode.observations), episode.terminations
+        T = len(obs) - 1
+        if about["maze"]:  # the recording goes on after success, the task ends there
             terminal = reached(episode.observations)[1:]
-            outcome = terminal.any()
-            T = terminal.argmax() + 1 if outcome else T
+            T = terminal.argmax() + 1 if terminal.any() else T
         action = 2 * (episode.actions[:T] - low) / (high - low) - 1
-        episodes.append((obs[:T], action, episode.rewards[:T], obs[1 : T + 1], terminal[:T]))
-        outcomes.append(float(outcome))
-    if not sum(len(action) for _, action, *_ in episodes):
-        sys.exit(f"error: {'+'.join(ids)} is empty")
-    columns = [np.concatenate(column, dtype=np.float32) for column in zip(*episodes)]
+        columns.append((obs[:T], action, episode.rewards[:T], obs[1 : T + 1], terminal[:T]))
+        recorded.append((len(episode), episode.rewards.sum(), episode.terminations.sum(), terminal.any()))
+    if not sum(len(action) for _, action, *_ in columns):
+        sys.exit(f"error: {source} is empty: give a data set with transitions in it")
+    columns = [np.concatenate(column, dtype=np.float32) for column in zip(*columns)]
     data = dict(zip(("obs", "action", "reward", "next_obs", "terminal"), columns))
     for name, column in data.items():
+        if len(column) != len(data["obs"]):
+            sys.exit(f"error: {source} lacks some of its {name}: an episode has T of them, and T + 1 observations")
         if not np.isfinite(column).all():
-            sys.exit(f"error: {'+'.join(ids)} has values in {name} that are not finite")
-    if maze:
+            sys.exit(f"error: {source} has values in {name} that are not finite: repair or leave out their episodes")
+    steps, returns, terminations, success = np.transpose(recorded)
+    if about["maze"]:
         data["reward"] -= 1
-    elif max(outcomes) > min(outcomes):
-        data["reward"] *= 1000 / (max(outcomes) - min(outcomes))
+    elif returns.max() > returns.min():
+        data["reward"] *= 1000 / (returns.max() - returns.min())
 
-    meta, checksum = sets[0].storage.metadata, 0
+    N, checksum = len(data["obs"]), 0
     for column in columns:
         checksum = zlib.crc32(column, checksum)
-    reference = (0.0, 1.0) if maze else (meta.get("ref_min_score"), meta.get("ref_max_score"))  # mazes: success rate
-    if None in reference:
-        reference = D4RL_SCORES.get(spec.id.partition("-")[0] if spec else None, (0.0, 100.0))  # else the return itself
+    outcome, (worst, best) = success if about["maze"] else returns, about["reference"]
     info = {
         "env": env,
-        "environment": spec and {"id": spec.id, "kwargs": spec.kwargs, "max_episode_steps": spec.max_episode_steps},
-        "maze": maze,
+        **about,
         "state_dim": data["obs"].shape[1],
         "action_dim": len(low),
-        "action_low": low.tolist(),
-        "action_high": high.tolist(),
-        "reference": reference,  # the outcomes that score 0 and 100
-        "data_score": 100 * (float(np.mean(outcomes)) - reference[0]) / (reference[1] - reference[0]),
-        "fingerprint": [len(data["obs"]), checksum],
+        "data_score": 100 * (float(outcome.mean()) - worst) / (best - worst),
+        "fingerprint": [N, checksum],
     }
-    size = f"{len(data['obs']):,} transitions of {len(outcomes):,} episodes"
-    defaults = "the paper's" if env in TASKS else "ours, this is no task of the paper"
-    print(f"{env}: {size}, their score {info['data_score']:.1f}. Defaults: {defaults}")
+    print(f"{env}: {len(steps):,} episodes, {steps.sum():,.0f} steps, {terminations.sum():,.0f} terminations,", end=" ")
+    print(f"mean return {returns.mean():.2f} ({returns.min():.1f} to {returns.max():.1f}),", end=" ")
+    print(f"score {info['data_score']:.1f}; {N:,} transitions of use.", end=" ")
+    print("Defaults:", "the paper's" if env in TASKS else "ours, the paper has none for this name")
     return {name: torch.from_numpy(column).to(device) for name, column in data.items()}, info
 
 
@@ -404,7 +468,7 @@ def policy_weights(state_dict, replica):
 
 
 def make_env(environment):
-    """The environment that the data came from."""
+    """One of info's environments: its id with its own keyword arguments, never the bare id."""
     if environment["id"] not in gym.registry:
         with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about other environments
             import gymnasium_robotics
@@ -413,15 +477,17 @@ def make_env(environment):
     return gym.make(environment["id"], max_episode_steps=limit, disable_env_checker=True, **environment["kwargs"])
 
 
-def check_env(info):
+def check_env(environment, info):
     """Exit with one line now, rather than with an error in the middle of things, if there is no such environment."""
     try:
-        make_env(info["environment"]).close()
+        env = make_env(environment)
     except (gym.error.Error, ImportError, TypeError) as e:
         reason = str(e).splitlines()[0]
-        sys.exit(
-            f"error: cannot make {info['environment']['id']} ({reason}): install its package; to train, --eval-every 0"
-        )
+        sys.exit(f"error: cannot make {environment['id']} ({reason}): install its package; to train, --eval-every 0")
+    there = gym.spaces.flatdim(env.observation_space), gym.spaces.flatdim(env.action_space)
+    if there != (info["state_dim"], info["action_dim"]):
+        sys.exit(f"error: {environment['id']} has {there} state and action dimensions: name the data's own task, --env")
+    env.close()
 
 
 def rollout(act, make_env, seeds, maze=False):
@@ -449,14 +515,14 @@ def run_chunk(weights, info, seeds):
     return rollout(make_act(weights, info), lambda: make_env(info["environment"]), seeds, info["maze"])
 
 
-def evaluate(pool, policies, info, seeds):
+def evaluate(pool, policies, info, environment, seeds):
     """Metrics of policies over one episode per seed: name -> array [policies, seeds].
 
     Every worker gets ten episodes at a time, so that the number of workers changes nothing.
     """
     chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]
-    names = ("environment", "maze", "action_low", "action_high")
-    plain = {name: info[name] for name in names}  # an artifact's tensors must not go between processes
+    plain = {name: info[name] for name in ("maze", "action_low", "action_high")} | {"environment": environment}
+    # (an artifact's tensors must not go between processes)
     jobs = [pool.submit(run_chunk, policy, plain, chunk) for policy in policies for chunk in chunks]
     result = np.concatenate([job.result() for job in jobs]).reshape(len(policies), len(seeds), 3)
     returns, success, length = np.moveaxis(result, -1, 0)
@@ -650,11 +716,12 @@ if __name__ == "__main__":
     sums = [sum(x.double().sum().item() for x in artifact["weights"].values()) for artifact in artifacts.values()]
     info["sources"] = [seeds, sums]  # a checkpoint goes with these networks alone
 
-    if args.eval_every and not info["environment"]:
+    if args.eval_every and not info["environments"]:
         print("the data set names no environment: no evaluation")
         args.eval_every = 0
     if args.eval_every:
-        check_env(info)
+        environment = info["environments"][args.eval_env]
+        check_env(environment, info)
 
     torch.manual_seed(seeds[0])
     replicas = [{"seed": seed, "beta": beta} for seed in seeds for beta in args.beta]
@@ -700,7 +767,7 @@ if __name__ == "__main__":
             metrics |= {"charts/SPS": speed, "charts/learning_rate": optimizer.param_groups[0]["lr"].item()}
         if args.eval_every and (step % args.eval_every == 0 or step == args.steps):
             policies = [policy_weights(policy.state_dict(), r) for r in range(len(replicas))]
-            result = evaluate(pool, policies, info, range(args.eval_episodes))
+            result = evaluate(pool, policies, info, environment, range(args.eval_episodes))
             metrics |= {name: x.mean(axis=-1).tolist() for name, x in result.items()}
             bar.set_description(f"{STAGE}, score {np.mean(metrics['eval/score']):.1f}")
         if metrics:

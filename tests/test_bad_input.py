@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 
 import gymnasium as gym
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -50,10 +51,15 @@ def bad_data(data_root):
 
 DATA = {
     "hoper-medium": "did you mean hopper-medium",
-    "bad/nam-v0": "run `minari download bad/nam-v0`, or did you mean bad/nan-v0",
-    "zzz": "give a task of the paper",
-    "hopper-medium": "minari download mujoco/hopper/medium-v0",  # there is none on this machine
-    "hopper-medium-replay": "Minari has no data set for hopper-medium-replay: name one with --dataset",
+    "bad/nam-v0": "run `minari download bad/nam-v0`, or copy it there, or did you mean bad/nan-v0",
+    "zzz": "or did you mean a task of the paper?",
+    "hopper-medium": "run `minari download mujoco/hopper/medium-v0`, or copy it there",  # there is none on this machine
+    "hopper-expert": "run `minari download mujoco/hopper/expert-v0`, or copy it there",
+    "walker2d-simple-v2": "run `minari download mujoco/walker2d/simple-v0`",
+    "hopper-medium-expert": "run `minari download mujoco/hopper/medium-v0 mujoco/hopper/expert-v0`",
+    "antmaze-large-play-v1": "or did you mean antmaze-large-play",
+    "antmaze-large-play-v2": "run `minari download D4RL/antmaze/large-play-v1`",
+    "hopper-medium-replay": "get D4RL's and name it in every stage, --dataset hopper_medium_replay-v2.hdf5",
     "no/such-set-v0": "minari download no/such-set-v0",
     "bad/nan-v0": "values in obs that are not finite",
     "bad/inf-reward-v0": "values in reward that are not finite",
@@ -110,6 +116,57 @@ def test_bad_input_data(env, message):
     refused(message, "srpo_critic.py", "--env", env)
 
 
+def test_bad_input_missing_data_says_where_to_put_them(data_root):
+    refused(f"not found locally at {data_root / 'D4RL/antmaze/umaze-v1'}", "srpo_critic.py", "--env", "antmaze-umaze")
+
+
+D4RL_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (D4RL_KEYS[:-1], "x.hdf5 has no timeouts: give a file like D4RL's, with observations, actions"),
+        (D4RL_KEYS[:2], "x.hdf5 has no rewards, terminals, timeouts"),
+        (
+            (*D4RL_KEYS, "infos/goal"),
+            "x.hdf5 has no goals in its observations: use Minari's AntMaze, without --dataset",
+        ),
+        ((), "x.hdf5 has no observations"),
+    ],
+)
+def test_bad_input_d4rl_file_without_its_keys(keys, message):
+    with h5py.File("x.hdf5", "w") as f:
+        f["other"] = np.zeros(5)
+        for key in keys:
+            f[key] = np.zeros((5, 2)) if key in D4RL_KEYS[:2] else np.zeros(5)
+    refused(message, "srpo_critic.py", "--env", "hopper-medium-replay", "--dataset", "x.hdf5")
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_bad_input_d4rl_file_without_transitions(rows):
+    with h5py.File("x.hdf5", "w") as f:
+        for key in D4RL_KEYS:
+            f[key] = np.zeros((rows, 2)) if key in D4RL_KEYS[:2] else np.zeros(rows)
+    refused("x.hdf5 is empty", "srpo_critic.py", "--env", "hopper-medium-replay", "--dataset", "x.hdf5")
+
+
+def test_bad_input_d4rl_columns_of_different_lengths():
+    with h5py.File("x.hdf5", "w") as f:
+        for key in D4RL_KEYS:
+            f[key] = np.zeros((4 if key == "actions" else 6, 2)) if key in D4RL_KEYS[:2] else np.zeros(6)
+    refused("x.hdf5 lacks some of its action", "srpo_critic.py", "--env", "any", "--dataset", "x.hdf5")
+
+
+@pytest.mark.parametrize("name", ["file", "nothing", "folder"])
+def test_bad_input_d4rl_file_that_is_none(name):
+    if name == "file":
+        Path("x.hdf5").write_text("not HDF5")
+    elif name == "folder":
+        Path("x.hdf5").mkdir()
+    refused("x.hdf5 cannot be read (", "srpo_critic.py", "--env", "hopper-medium-replay", "--dataset", "x.hdf5")
+
+
 @pytest.mark.parametrize("stage, flags, message", [(stage, *row) for stage, rows in FLAGS.items() for row in rows])
 def test_bad_input_flags(stage, flags, message):
     if "cuda" in flags and torch.cuda.is_available():
@@ -146,6 +203,15 @@ def test_bad_input_eval_before_actor():
 
 def test_bad_input_eval_flags():
     refused("must be positive", "eval.py", "--env", "test/pendulum-v0", "--episodes", 0)
+
+
+def test_bad_input_environment_of_another_robot(trained):
+    artifact = torch.load(trained / "actor.pt", weights_only=True)
+    for kwargs, message in (({}, "has (4, 2) state and action dimensions"), ({"no": 1}, "cannot make CartPole-v1")):
+        environment = {"id": "CartPole-v1", "kwargs": kwargs, "max_episode_steps": 5}
+        Path("runs/cart").mkdir(parents=True, exist_ok=True)
+        torch.save(artifact | {"environments": {"data": environment, "fixed": environment}}, "runs/cart/actor.pt")
+        refused(message, "eval.py", "--env", "cart")
 
 
 def actor(trained, *flags):

@@ -1,14 +1,18 @@
 """load_dataset against plain loops over what was recorded."""
 
+import os
+from pathlib import Path
+
 import gymnasium as gym
+import h5py
 import numpy as np
 import pytest
-from conftest import create, episode, random_episodes
+from conftest import ROOT, create, episode, random_episodes
 
 import srpo_actor
 import srpo_behavior
 import srpo_critic
-from srpo_critic import flatten, load_dataset
+from srpo_critic import environments, flatten, load_dataset
 
 BOX = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
 ACTION = gym.spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 1.0], np.float32))
@@ -49,7 +53,7 @@ def test_transitions_are_those_recorded(recorded):
     assert n == len(data["obs"]) == info["fingerprint"][0] == sum(LENGTHS)
     assert all(x.dtype == srpo_critic.torch.float32 and x.is_contiguous() for x in data.values())
     assert info["state_dim"] == 3 and info["action_low"] == [-2, 0] and info["action_high"] == [2, 1]
-    assert info["environment"] is None and not info["maze"]
+    assert info["environments"] is None and not info["maze"]
     assert info["data_score"] == pytest.approx(np.mean(returns))
 
 
@@ -104,7 +108,8 @@ def test_success_ends_the_task_in_mazes(maze):
     assert info["maze"] and info["data_score"] == pytest.approx(200 / 3) and info["reference"] == (0, 1)
     assert len(data["obs"]) == 3 + 10 + 10
     assert data["terminal"].nonzero().flatten().tolist() == [2, 12]  # the second success is in the last step
-    assert info["environment"]["id"] == "PointMaze_UMaze-v3" and info["environment"]["max_episode_steps"] == 10
+    assert [e["id"] for e in info["environments"].values()] == ["PointMaze_UMaze-v3"] * 2
+    assert [e["max_episode_steps"] for e in info["environments"].values()] == [10, 10]
     reward = np.concatenate([maze[0].rewards[:3], maze[1].rewards, maze[2].rewards])
     np.testing.assert_allclose(data["reward"], reward - 1)
     o = maze[1].observations
@@ -160,3 +165,160 @@ def test_defaults_are_the_papers():
     assert (behavior.steps, behavior.batch_size, behavior.lr) == (2_000_000, 2048, 3e-4)
     assert (actor.steps, actor.batch_size, actor.lr) == (1_000_000, 256, 3e-4)
     assert (actor.weight, actor.baseline) == ("sigma2", True)
+
+
+def qlearning_dataset(path):
+    """D4RL's rules as a plain loop: rows of obs, action, reward, next_obs, terminal; and the episodes' returns."""
+    with h5py.File(path) as file:
+        columns = {name: column[:] for name, column in file.items() if isinstance(column, h5py.Dataset)}
+    rows, returns, so_far = [], [], 0.0
+    for i in range(len(columns["rewards"])):
+        obs, action, reward = columns["observations"][i], columns["actions"][i], float(columns["rewards"][i].squeeze())
+        terminal, timeout = bool(columns["terminals"][i]), bool(columns["timeouts"][i])
+        last = i == len(columns["rewards"]) - 1
+        so_far += reward
+        if not timeout and not last:
+            rows.append((obs, action, reward, columns["observations"][i + 1], terminal))
+        if terminal or timeout or last:
+            returns.append(so_far)
+            so_far = 0.0
+    return rows, returns
+
+
+def same_as_loop(path, env):
+    rows, returns = qlearning_dataset(path)
+    data, info = load_dataset(env, str(path), "cpu")
+    assert info["fingerprint"][0] == len(rows) == len(data["obs"])
+    scale = 1000 / (max(returns) - min(returns))
+    for name, column in zip(("obs", "action", "reward", "next_obs", "terminal"), zip(*rows)):
+        expected = np.stack(column) * (scale if name == "reward" else 1)
+        np.testing.assert_allclose(data[name], expected, rtol=1e-5, atol=1e-6)
+    return data, info, returns
+
+
+def write_d4rl(path, lengths, ends, dtype=np.float32, shape=(), **other):
+    """A file as D4RL wrote them: ends holds terminal, timeout, both or nothing per episode."""
+    rng, n = np.random.default_rng(1), sum(lengths)
+    last = np.zeros((2, n), dtype if shape else bool)
+    for i, end in zip(np.cumsum(lengths) - 1, ends):
+        last[0, i], last[1, i] = "terminal" in end, "timeout" in end
+    with h5py.File(path, "w") as f:
+        f["observations"], f["actions"] = rng.normal(size=(n, 11)).astype(dtype), rng.uniform(-1, 1, (n, 3))
+        f["rewards"], f["terminals"], f["timeouts"] = rng.normal(size=(n, *shape)).astype(dtype), *last
+        for name, value in other.items():
+            f[name] = value
+    return path
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        ("terminal", "timeout", "terminal timeout", "timeout", "terminal"),
+        ("timeout", "terminal", "timeout", "terminal", ""),  # the last episode was cut
+        ("", "", "", "", ""),  # one long episode
+    ],
+)
+@pytest.mark.parametrize("dtype, shape", [(np.float32, ()), (np.float64, (1,))])  # v2; and as the oldest files are
+def test_d4rl_files_load_as_d4rl_loads_them(ends, dtype, shape, tmp_path):
+    lengths = (4, 6, 1, 5, 3)
+    path = write_d4rl(tmp_path / "x.hdf5", lengths, ends, dtype, shape, next_observations=np.zeros((19, 11)))
+    if any(ends):
+        data, info, returns = same_as_loop(path, "hopper-medium-replay")
+        lost = sum("timeout" in end for end in ends) + ("timeout" not in ends[-1])
+        assert len(data["obs"]) == sum(lengths) - lost and len(returns) == 5
+        assert info["data_score"] == pytest.approx(100 * (np.mean(returns) + 20.272305) / (3234.3 + 20.272305))
+        hopper = {"id": "Hopper-v5", "kwargs": {}, "max_episode_steps": 1000}
+        assert info["environments"] == {"data": hopper, "fixed": hopper} and info["state_dim"] == 11
+    else:
+        assert len(load_dataset("hopper-medium", str(path), "cpu")[0]["obs"]) == 18
+    assert load_dataset("my-robot", str(path), "cpu")[1]["environments"] is None
+
+
+EXCERPTS = Path(os.environ.get("D4RL_FILES", ROOT.parent / "shared" / "data" / "d4rl_excerpts"))
+
+
+@pytest.mark.skipif(not EXCERPTS.exists(), reason="no original files in the folder that D4RL_FILES names")
+@pytest.mark.parametrize(
+    "file, env, size",
+    [
+        ("hopper_medium-v2", "hopper-medium", 910),
+        ("halfcheetah_medium-v2", "halfcheetah-medium", 1998),
+        ("walker2d_medium-v2", "walker2d-medium", 1998),
+        ("hopper_medium", "hopper-medium", 523),
+        ("hopper_medium_replay-v1", "hopper-medium-replay", 48),
+    ],
+)
+def test_excerpts_of_original_files(file, env, size):
+    data, info, _ = same_as_loop(EXCERPTS / f"{file}.hdf5", env)
+    assert len(data["obs"]) == size and info["environments"]["data"]["id"].lower().startswith(env.partition("-")[0])
+
+
+@pytest.mark.skipif(not EXCERPTS.exists(), reason="no original files in the folder that D4RL_FILES names")
+def test_original_antmaze_files_are_refused():
+    with pytest.raises(SystemExit, match="has no goals in its observations"):
+        load_dataset("antmaze-large-diverse", str(EXCERPTS / "antmaze-large-diverse-v0.hdf5"), "cpu")
+
+
+def test_unusual_recordings(data_root):
+    """A set that stops in the middle of an episode, strided and float64 arrays, nested dictionaries, one step."""
+    rng = np.random.default_rng(0)
+    space = gym.spaces.Dict({"b": BOX, "a": gym.spaces.Dict({"d": ACTION, "c": BOX})})
+    episodes = []
+    for n in (6, 1, 4):
+        wide = rng.normal(size=(n + 1, 16))[:, ::2]
+        obs = {"b": wide[:, :3], "a": {"c": wide[:, 3:6], "d": wide[:, 6:]}}
+        actions = np.asfortranarray(rng.uniform(ACTION.low, ACTION.high, (n, 2)))
+        episodes.append(episode(obs, actions, rng.normal(size=2 * n)[::2], terminated=True))
+    episodes[-1].terminations[-1] = False  # and no truncation either
+    create("test/unusual-v0", episodes, observation_space=space, action_space=ACTION)
+    data, info = load_dataset("test/unusual-v0", None, "cpu")
+    assert data["terminal"].tolist() == [0] * 5 + [1, 1, 0, 0, 0, 0] and info["state_dim"] == 8
+    n = 0
+    for e in episodes:
+        o = e.observations
+        rows = np.concatenate([o["a"]["c"], o["a"]["d"], o["b"]], axis=1)
+        T = len(e.rewards)
+        np.testing.assert_allclose(data["obs"][n : n + T], rows[:-1], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(data["next_obs"][n : n + T], rows[1:], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(data["action"][n : n + T], e.actions * [0.5, 2] - [0, 1], rtol=1e-5, atol=1e-6)
+        n += T
+    assert all(x.dtype == srpo_critic.torch.float32 and x.is_contiguous() for x in data.values())
+
+
+def maze_env(id, **kwargs):
+    return {"id": id, "kwargs": {"continuing_task": True, "reset_target": False, **kwargs}, "max_episode_steps": 70}
+
+
+MINARIS_UMAZE = [[1, 1, 1, 1, 1], [1, 0, 0, "r", 1], [1, 0, 1, 1, 1], [1, 0, 0, "g", 1], [1, 1, 1, 1, 1]]
+ONE_WAY = [[1, 1, 1, 1], [1, "r", "g", 1], [1, 1, 1, 1]]
+
+
+def test_evaluation_is_from_one_corner_to_the_other():
+    umaze = srpo_critic.UMAZE
+    minaris = maze_env("AntMaze_UMaze-v4", maze_map=MINARIS_UMAZE)
+    for recorded in (maze_env("AntMaze_UMaze-v4", maze_map=umaze), maze_env("AntMaze_UMaze-v4")):  # umaze, -diverse
+        for fixed in (minaris, None):
+            both = environments(recorded, fixed)
+            assert both == {"data": recorded, "fixed": maze_env("AntMaze_UMaze-v4", maze_map=umaze)}
+    recorded, fixed = maze_env("AntMaze_Medium-v4"), maze_env("AntMaze_Medium-v4", maze_map=ONE_WAY)
+    assert environments(recorded, fixed | {"max_episode_steps": 700}) == {"data": recorded, "fixed": fixed}
+    assert environments(recorded, None) == {"data": recorded, "fixed": recorded}
+    own = maze_env("PointMaze_UMaze-v3", maze_map=ONE_WAY)  # the usual way to name a maze of one's own
+    assert environments(own, None) == {"data": own, "fixed": own}
+    extra = {"entry_point": "os:system", "additional_wrappers": [], "kwargs": {}}
+    assert environments(maze_env("X-v0") | extra, None)["data"] == {"id": "X-v0", "kwargs": {}, "max_episode_steps": 70}
+
+
+def test_the_fixed_umaze_has_the_walls_of_the_data():
+    """Start and goal of its environments, and that only they differ from the default map of the recording."""
+    both = environments(maze_env("PointMaze_UMaze-v3"), None)
+    envs = {name: srpo_actor.make_env(environment).unwrapped for name, environment in both.items()}
+    walls = [[[cell == 1 for cell in row] for row in env.maze.maze_map] for env in envs.values()]
+    assert walls[0] == walls[1]
+    cells = {}
+    for name, env in envs.items():
+        obs = [env.reset(seed=seed)[0] for seed in range(20)]
+        for key in ("achieved_goal", "desired_goal"):
+            cells[name, key] = {tuple(env.maze.cell_xy_to_rowcol(o[key]).tolist()) for o in obs}
+    assert cells["fixed", "achieved_goal"] == {(3, 1)} and cells["fixed", "desired_goal"] == {(1, 1)}
+    assert len(cells["data", "achieved_goal"]) > 2 and len(cells["data", "desired_goal"]) > 2

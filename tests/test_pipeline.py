@@ -9,10 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
+import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, command, run, run_here
+from conftest import ROOT, TINY, command, create, random_episodes, run, run_here
 
 import eval as srpo_eval
 import srpo_actor
@@ -272,19 +273,67 @@ def test_evaluating_changes_no_bit_of_the_weights(trained, tmp_path):
     assert same(*(weights(tmp_path / str(every) / "test-pendulum-v0" / "actor.pt") for every in (0, 5)))
 
 
+def hopper_file(path):
+    """A D4RL file: 30 random steps of Hopper-v5, six time-outs."""
+    (e,) = random_episodes(gym.make("Hopper-v5", terminate_when_unhealthy=False), 1, 30)
+    with h5py.File(path, "w") as f:
+        f["observations"], f["actions"], f["rewards"] = e.observations[:-1], e.actions, e.rewards
+        f["terminals"], f["timeouts"] = np.zeros(30, bool), np.arange(30) % 5 == 4
+    return path
+
+
+def ant_set(id):
+    """Ten random steps twice, with the environment and the evaluation environment that Minari's sets name."""
+    import gymnasium_robotics
+
+    gym.register_envs(gymnasium_robotics)
+    goals = {"continuing_task": True, "reset_target": False, "max_episode_steps": 10}
+    env = gym.make("AntMaze_Medium-v4", **goals)
+    corridor = [[1, 1, 1, 1, 1], [1, "r", 0, "g", 1], [1, 1, 1, 1, 1]]
+    eval_env = gym.make("AntMaze_Medium-v4", maze_map=corridor, **goals)
+    create(id, random_episodes(env, 2, 10), env=env, eval_env=eval_env)
+
+
+@pytest.mark.parametrize("kind", ["locomotion by D4RL's file", "AntMaze by a task's name"])
+def test_every_kind_of_data_goes_through_all_stages(kind, tmp_path):
+    small = ("--batch-size", 4, "--log-every", 5, "--steps", 5)
+    if kind.startswith("AntMaze"):
+        ant_set("D4RL/antmaze/medium-play-v1")
+        env, data, state_dim, size = "antmaze-medium-play", (), 31, 20
+        expected = {"score": 0.0, "success": 0.0, "return": 0.0, "episode_length": 10.0}
+        numbers = {"expectile": 0.9}, {}, {"beta": (0.08,), "hidden_layers": 4, "q_grad_norm": "rms"}
+    else:
+        env, data, state_dim, size = "hopper-medium-replay", ("--dataset", hopper_file(tmp_path / "x.hdf5")), 11, 24
+        expected, numbers = {}, ({"expectile": 0.7}, {}, {"beta": (0.2,), "hidden_layers": 2, "q_grad_norm": "none"})
+    for stage, found in zip(STAGES, numbers):
+        extra = ("--eval-every", 5, "--eval-episodes", 2, "--eval-env", "data") if stage == "actor" else ()
+        run(f"srpo_{stage}.py", "--env", f"{env}-v2", *data, *small, *extra)  # -v2: as D4RL calls them
+        artifact = load(tmp_path / "runs" / env / f"{stage}.pt")
+        assert (artifact["state_dim"], artifact["fingerprint"][0]) == (state_dim, size)
+        assert found.items() <= artifact["args"].items()
+    scores = {}
+    for where in ("fixed", "data"):
+        run("eval.py", "--env", f"{env}-v2", "--episodes", 3, "--workers", 1, "--eval-env", where)
+        result = json.loads((tmp_path / "runs" / env / "eval.json").read_text())
+        assert result["eval_env"] == where and expected.items() <= result["policies"][0].items()
+        scores[where] = result["policies"][0]["score"]
+    assert kind.startswith("AntMaze") or scores["fixed"] == scores["data"] != 0
+
+
 def test_scores_do_not_depend_on_the_number_of_workers(trained):
     artifact = load(trained / "actor.pt")
     policies, results = [srpo_eval.policy_weights(artifact["weights"], r) for r in range(2)], []
     for workers in (1, 2):
         with srpo_eval.start_workers(workers) as pool:
-            results.append(srpo_eval.evaluate(pool, policies, artifact, range(25)))  # three chunks
+            environment = artifact["environments"]["fixed"]
+            results.append(srpo_eval.evaluate(pool, policies, artifact, environment, range(25)))  # three chunks
     assert all(np.array_equal(results[0][name], results[1][name]) for name in results[0])
     assert results[0]["eval/return"].shape == (2, 25) and results[0]["eval/return"].std() > 0
 
 
 def test_rollout_against_a_plain_loop(trained):
     artifact, act = load(trained / "actor.pt"), srpo_eval.load_policy(trained / "actor.pt", replica=1)
-    result = srpo_eval.rollout(act, lambda: srpo_eval.make_env(artifact["environment"]), [3, 4])
+    result = srpo_eval.rollout(act, lambda: srpo_eval.make_env(artifact["environments"]["fixed"]), [3, 4])
     for row, seed in zip(result, (3, 4)):
         env = gym.make("Pendulum-v1", max_episode_steps=40)
         obs, total, length, done = env.reset(seed=seed)[0], 0.0, 0, False
@@ -316,8 +365,8 @@ class Everything:
 def test_dictionaries_that_are_no_mazes(data_root):
     """Vectors in a dictionary, in an environment that has no goal."""
     gym.register("Dictionary-v0", entry_point=Dictionary, max_episode_steps=5)
-    info = {"environment": {"id": "Dictionary-v0", "kwargs": {}, "max_episode_steps": 5}, "maze": False}
-    result = srpo_eval.rollout(lambda obs: obs[:, :1], lambda: srpo_eval.make_env(info["environment"]), [0, 1])
+    environment = {"id": "Dictionary-v0", "kwargs": {}, "max_episode_steps": 5}
+    result = srpo_eval.rollout(lambda obs: obs[:, :1], lambda: srpo_eval.make_env(environment), [0, 1])
     assert result.tolist() == [[15.0, 0, 5]] * 2  # the sum of 1, ..., 5
 
 
@@ -340,12 +389,12 @@ def test_maze_episodes_end_at_success_and_score_it():
     environment = {
         "id": "PointMaze_UMaze-v3",
         "kwargs": {"maze_map": maze, "continuing_task": True, "reset_target": False},
+        "max_episode_steps": 100,
     }
-    info = {"environment": environment | {"max_episode_steps": 100}, "maze": True, "reference": (0.0, 1.0)}
-    info |= {"action_low": [-1.0, -1.0], "action_high": [1.0, 1.0]}
+    info = {"maze": True, "reference": (0.0, 1.0), "action_low": [-1.0, -1.0], "action_high": [1.0, 1.0]}
     policies = [[(np.zeros((8, 2), np.float32), np.float32([x, 0]))] for x in (9, -9)]
     with srpo_eval.start_workers(1) as pool:
-        result = srpo_eval.evaluate(pool, policies, info, range(3))
+        result = srpo_eval.evaluate(pool, policies, info, environment, range(3))
     assert result["eval/score"].tolist() == [[100] * 3, [0] * 3]
     assert (result["eval/episode_length"][0] < 100).all() and (result["eval/episode_length"][1] == 100).all()
     assert (result["eval/return"][0] == 1).all()  # the episode ended at the first reward
