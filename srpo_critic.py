@@ -136,8 +136,9 @@ def environments(data, fixed):
 
     data, fixed: specifications from a data set's metadata, of which id, keyword arguments and step limit are taken.
     """
-    if "UMaze" in data["id"] and data["kwargs"].get("maze_map", UMAZE) == UMAZE:
-        fixed = data | {"kwargs": data["kwargs"] | {"maze_map": UMAZE}}  # Minari's own map has other walls
+    no_goals = [[cell if cell == 1 else 0 for cell in row] for row in UMAZE]  # the map of umaze-diverse
+    if data["kwargs"].get("maze_map") in (UMAZE, no_goals):
+        fixed = data | {"kwargs": data["kwargs"] | {"maze_map": UMAZE}}  # Minari's fixed map has other walls
     limit = {"max_episode_steps": data["max_episode_steps"]}
     specs = {"data": data, "fixed": fixed or data}
     return {name: {"id": spec["id"], "kwargs": spec["kwargs"]} | limit for name, spec in specs.items()}

@@ -1,5 +1,6 @@
 """load_dataset against plain loops over what was recorded."""
 
+import json
 import os
 from pathlib import Path
 
@@ -285,8 +286,17 @@ def test_unusual_recordings(data_root):
     assert all(x.dtype == srpo_critic.torch.float32 and x.is_contiguous() for x in data.values())
 
 
-def maze_env(id, **kwargs):
-    return {"id": id, "kwargs": {"continuing_task": True, "reset_target": False, **kwargs}, "max_episode_steps": 70}
+def recorded_in(id, **kwargs):
+    """What a data set's metadata say of an environment; the id's own keyword arguments are among them."""
+    import gymnasium_robotics
+
+    gym.register_envs(gymnasium_robotics)
+    env = gym.make(id, max_episode_steps=70, continuing_task=True, reset_target=False, **kwargs)
+    return json.loads(env.spec.to_json())
+
+
+def three(spec):
+    return {name: spec[name] for name in ("id", "kwargs", "max_episode_steps")}
 
 
 MINARIS_UMAZE = [[1, 1, 1, 1, 1], [1, 0, 0, "r", 1], [1, 0, 1, 1, 1], [1, 0, 0, "g", 1], [1, 1, 1, 1, 1]]
@@ -294,24 +304,24 @@ ONE_WAY = [[1, 1, 1, 1], [1, "r", "g", 1], [1, 1, 1, 1]]
 
 
 def test_evaluation_is_from_one_corner_to_the_other():
-    umaze = srpo_critic.UMAZE
-    minaris = maze_env("AntMaze_UMaze-v4", maze_map=MINARIS_UMAZE)
-    for recorded in (maze_env("AntMaze_UMaze-v4", maze_map=umaze), maze_env("AntMaze_UMaze-v4")):  # umaze, -diverse
+    umaze, minaris = srpo_critic.UMAZE, recorded_in("AntMaze_UMaze-v4", maze_map=MINARIS_UMAZE)
+    for recorded in (recorded_in("AntMaze_UMaze-v4", maze_map=umaze), recorded_in("AntMaze_UMaze-v4")):  # and -diverse
         for fixed in (minaris, None):
             both = environments(recorded, fixed)
-            assert both == {"data": recorded, "fixed": maze_env("AntMaze_UMaze-v4", maze_map=umaze)}
-    recorded, fixed = maze_env("AntMaze_Medium-v4"), maze_env("AntMaze_Medium-v4", maze_map=ONE_WAY)
-    assert environments(recorded, fixed | {"max_episode_steps": 700}) == {"data": recorded, "fixed": fixed}
-    assert environments(recorded, None) == {"data": recorded, "fixed": recorded}
-    own = maze_env("PointMaze_UMaze-v3", maze_map=ONE_WAY)  # the usual way to name a maze of one's own
-    assert environments(own, None) == {"data": own, "fixed": own}
-    extra = {"entry_point": "os:system", "additional_wrappers": [], "kwargs": {}}
-    assert environments(maze_env("X-v0") | extra, None)["data"] == {"id": "X-v0", "kwargs": {}, "max_episode_steps": 70}
+            assert both["data"] == three(recorded)
+            assert both["fixed"] == three(recorded_in("AntMaze_UMaze-v4", maze_map=umaze))
+    recorded = recorded_in("PointMaze_Medium-v3")
+    fixed = recorded_in("PointMaze_Medium-v3", maze_map=ONE_WAY)
+    longer = environments(recorded, fixed | {"max_episode_steps": 700})  # never longer than the recording
+    assert longer == {"data": three(recorded), "fixed": three(fixed)}
+    assert environments(recorded, None) == {"data": three(recorded), "fixed": three(recorded)}
+    own = recorded_in("PointMaze_UMaze-v3", maze_map=ONE_WAY)  # the usual way to name a maze of one's own
+    assert environments(own, None) == {"data": three(own), "fixed": three(own)}
 
 
 def test_the_fixed_umaze_has_the_walls_of_the_data():
     """Start and goal of its environments, and that only they differ from the default map of the recording."""
-    both = environments(maze_env("PointMaze_UMaze-v3"), None)
+    both = environments(recorded_in("PointMaze_UMaze-v3"), None)
     envs = {name: srpo_actor.make_env(environment).unwrapped for name, environment in both.items()}
     walls = [[[cell == 1 for cell in row] for row in env.maze.maze_map] for env in envs.values()]
     assert walls[0] == walls[1]

@@ -1,0 +1,64 @@
+"""How far back credit reaches in a maze: does a critic's V order an episode's states by their distance to the goal?
+
+    python examples/value_order.py --env antmaze-umaze       # reads runs/antmaze-umaze/critic.pt and the data
+
+Prints, for each seed, the Spearman correlation of V(s_t) with minus the steps left to the first success, averaged over
+the episodes that succeed. 1 is a perfect order; states that no credit reaches have nearly equal V, in any order.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import srpo_critic
+
+
+@dataclass
+class Args:
+    env: str
+    """task whose critic was trained"""
+    run_name: str | None = None
+    """read <out-dir>/<run-name>/critic.pt (default: the task's name)"""
+    out_dir: str = "runs"
+    """where the runs are kept"""
+
+
+def successes(data):
+    """Slices of the transitions, each an episode up to its first success."""
+    new = (data["obs"][1:] != data["next_obs"][:-1]).any(dim=-1).nonzero().flatten() + 1  # where an episode begins
+    bounds = [0, *new.tolist(), len(data["obs"])]
+    for start, end in zip(bounds, bounds[1:]):
+        reached = data["terminal"][start:end].nonzero().flatten().tolist()
+        if reached:
+            yield slice(start, start + reached[0] + 1)
+
+
+def spearman(x, y):
+    """Rank correlation of two arrays without ties."""
+    return np.corrcoef(x.argsort().argsort(), y.argsort().argsort())[0, 1]
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    path = Path(args.out_dir, args.run_name or args.env.replace("/", "-"), "critic.pt")
+    if not path.exists():
+        sys.exit(f"error: {path} does not exist: run `python srpo_critic.py --env {args.env}` first")
+    artifact = torch.load(path, map_location="cpu", weights_only=True)
+    data, info = srpo_critic.load_dataset(artifact["env"], artifact["args"]["dataset"], "cpu")
+    generators = [torch.Generator() for _ in artifact["seeds"]]
+    critic = srpo_critic.Critic(info["state_dim"], info["action_dim"], generators)
+    critic.load_state_dict(artifact["weights"])
+    episodes = list(successes(data))
+    if not episodes:
+        sys.exit(f"error: no episode of {args.env} ends in success: name a maze")
+    with torch.no_grad():
+        v = torch.cat([critic.v(s.expand(len(generators), -1, -1)) for s in data["obs"].split(10_000)], dim=1)
+    v = v.squeeze(-1).numpy()
+    for seed, value in zip(artifact["seeds"], v):
+        order = [spearman(value[e], np.arange(e.stop - e.start)) for e in episodes if e.stop - e.start > 2]
+        print(f"seed {seed}: Spearman {np.mean(order):.4f} (std {np.std(order):.4f}) over {len(order)} episodes")
