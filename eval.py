@@ -11,12 +11,14 @@ import json
 import multiprocessing
 import os
 import sys
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import torch
 import tyro
@@ -72,12 +74,16 @@ def policy_weights(state_dict, replica):
 
 def make_env(environment):
     """One of info's environments: its id with its own keyword arguments, never the bare id."""
-    if environment["id"] not in gym.registry:
-        with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about other environments
+    mujoco.set_mju_user_warning(lambda message: None)  # no notices that something newer exists: the data need this
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        if environment["id"] not in gym.registry:
             import gymnasium_robotics
-        gym.register_envs(gymnasium_robotics)
-    limit = environment["max_episode_steps"]
-    return gym.make(environment["id"], max_episode_steps=limit, disable_env_checker=True, **environment["kwargs"])
+
+            gym.register_envs(gymnasium_robotics)
+        limit = {"max_episode_steps": environment["max_episode_steps"]}
+        env = gym.make(environment["id"], disable_env_checker=True, **limit, **environment["kwargs"])
+    mujoco.set_mju_user_warning(None)
+    return env
 
 
 def check_env(environment, info):
@@ -190,8 +196,8 @@ if __name__ == "__main__":
         result = evaluate(pool, policies, artifact, environment, range(1_000_000, 1_000_000 + args.episodes))
 
     table = {name.split("/")[1]: x.mean(axis=-1) for name, x in result.items()}
-    print(f"{artifact['env']}, {args.episodes} episodes per policy in {environment['id']} ({args.eval_env});", end=" ")
-    print(f"the data's own score: {artifact['data_score']:.1f}")
+    where = environment["id"] + (f" ({args.eval_env})" if artifact["maze"] else "")
+    print(f"{artifact['env']}, {args.episodes} episodes per policy in {where}; data's score {artifact['data_score']:.1f}")
     print(" ".join(f"{name:>14}" for name in ("seed", "beta", *table)))
     for r, (seed, beta) in enumerate(zip(seeds, betas)):
         print(f"{seed:14d} {beta:14g} " + " ".join(f"{column[r]:14.2f}" for column in table.values()))

@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import time
+import warnings
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from typing import Literal, NamedTuple
 import gymnasium as gym
 import h5py
 import minari
+import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -470,12 +472,16 @@ def policy_weights(state_dict, replica):
 
 def make_env(environment):
     """One of info's environments: its id with its own keyword arguments, never the bare id."""
-    if environment["id"] not in gym.registry:
-        with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about other environments
+    mujoco.set_mju_user_warning(lambda message: None)  # no notices that something newer exists: the data need this
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        if environment["id"] not in gym.registry:
             import gymnasium_robotics
-        gym.register_envs(gymnasium_robotics)
-    limit = environment["max_episode_steps"]
-    return gym.make(environment["id"], max_episode_steps=limit, disable_env_checker=True, **environment["kwargs"])
+
+            gym.register_envs(gymnasium_robotics)
+        limit = {"max_episode_steps": environment["max_episode_steps"]}
+        env = gym.make(environment["id"], disable_env_checker=True, **limit, **environment["kwargs"])
+    mujoco.set_mju_user_warning(None)
+    return env
 
 
 def check_env(environment, info):

@@ -313,7 +313,8 @@ def test_every_kind_of_data_goes_through_all_stages(kind, tmp_path):
         assert found.items() <= artifact["args"].items()
     scores = {}
     for where in ("fixed", "data"):
-        run("eval.py", "--env", f"{env}-v2", "--episodes", 3, "--workers", 1, "--eval-env", where)
+        done = run("eval.py", "--env", f"{env}-v2", "--episodes", 3, "--workers", 1, "--eval-env", where)
+        assert done.stderr == ""
         result = json.loads((tmp_path / "runs" / env / "eval.json").read_text())
         assert result["eval_env"] == where and expected.items() <= result["policies"][0].items()
         scores[where] = result["policies"][0]["score"]
@@ -329,6 +330,17 @@ def test_scores_do_not_depend_on_the_number_of_workers(trained):
             results.append(srpo_eval.evaluate(pool, policies, artifact, environment, range(25)))  # three chunks
     assert all(np.array_equal(results[0][name], results[1][name]) for name in results[0])
     assert results[0]["eval/return"].shape == (2, 25) and results[0]["eval/return"].std() > 0
+
+
+def test_environments_are_made_without_a_word(capfd, tmp_path):
+    """MuJoCo's notices come from C, and leave a file; AntMaze's from Gymnasium. Later warnings are heard again."""
+    for id in ("HalfCheetah-v5", "AntMaze_UMaze-v4"):
+        env = srpo_eval.make_env({"id": id, "kwargs": {}, "max_episode_steps": 5})
+    assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
+    env.reset()
+    env.unwrapped.data.qpos[:] = 1e30
+    env.step(env.action_space.sample())
+    assert "WARNING" in capfd.readouterr().err
 
 
 def test_rollout_against_a_plain_loop(trained):
