@@ -197,7 +197,8 @@ if __name__ == "__main__":
 
     table = {name.split("/")[1]: x.mean(axis=-1) for name, x in result.items()}
     where = environment["id"] + (f" ({args.eval_env})" if artifact["maze"] else "")
-    print(f"{artifact['env']}, {args.episodes} episodes per policy in {where}; data's score {artifact['data_score']:.1f}")
+    where += f"; the data's own score: {artifact['data_score']:.1f}"
+    print(f"{artifact['env']}, {args.episodes} episodes per policy in {where}")
     print(" ".join(f"{name:>14}" for name in ("seed", "beta", *table)))
     for r, (seed, beta) in enumerate(zip(seeds, betas)):
         print(f"{seed:14d} {beta:14g} " + " ".join(f"{column[r]:14.2f}" for column in table.values()))
