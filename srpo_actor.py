@@ -223,7 +223,7 @@ def open_d4rl(path, env):
                 sys.exit(f"error: {path} has no {', '.join(missing)}: give a file like D4RL's, with {', '.join(names)}")
             obs, action, reward, terminal, timeout = (file[name][:] for name in names)
     except OSError as e:
-        sys.exit(f"error: {path} cannot be read ({str(e).splitlines()[0]}): give a file of D4RL")
+        sys.exit(f"error: {path} cannot be read as HDF5 ({type(e).__name__}): give a file of D4RL")
     reward, terminal, timeout = reward.ravel(), terminal.ravel() > 0, timeout.ravel() > 0  # older files vary
     timeout[-1:] = True
     episodes = []

@@ -49,13 +49,15 @@ if __name__ == "__main__":
     if not path.exists():
         sys.exit(f"error: {path} does not exist: run `python srpo_critic.py --env {args.env}` first")
     artifact = torch.load(path, map_location="cpu", weights_only=True)
+    if not artifact["maze"]:
+        sys.exit(f"error: {args.env} is no maze, its episodes have no goal to order states by: name a maze")
     data, info = srpo_critic.load_dataset(artifact["env"], artifact["args"]["dataset"], "cpu")
     generators = [torch.Generator() for _ in artifact["seeds"]]
     critic = srpo_critic.Critic(info["state_dim"], info["action_dim"], generators)
     critic.load_state_dict(artifact["weights"])
     episodes = list(successes(data))
     if not episodes:
-        sys.exit(f"error: no episode of {args.env} ends in success: name a maze")
+        sys.exit(f"error: no episode of {args.env} ends in success: there is no order to measure")
     with torch.no_grad():
         v = torch.cat([critic.v(s.expand(len(generators), -1, -1)) for s in data["obs"].split(10_000)], dim=1)
     v = v.squeeze(-1).numpy()

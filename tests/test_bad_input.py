@@ -164,7 +164,7 @@ def test_bad_input_d4rl_file_that_is_none(name):
         Path("x.hdf5").write_text("not HDF5")
     elif name == "folder":
         Path("x.hdf5").mkdir()
-    refused("x.hdf5 cannot be read (", "srpo_critic.py", "--env", "hopper-medium-replay", "--dataset", "x.hdf5")
+    refused("x.hdf5 cannot be read as HDF5 (", "srpo_critic.py", "--env", "hopper-medium-replay", "--dataset", "x.hdf5")
 
 
 @pytest.mark.parametrize("stage, flags, message", [(stage, *row) for stage, rows in FLAGS.items() for row in rows])

@@ -119,6 +119,17 @@ def test_success_ends_the_task_in_mazes(maze):
     np.testing.assert_allclose(data["next_obs"][3:13], rows[1:], rtol=1e-6)
 
 
+def test_value_order_compares_each_success_with_its_countdown(maze):
+    from examples.value_order import spearman, successes
+
+    data = load_dataset("test/maze-v0", None, "cpu")[0]
+    assert list(successes(data)) == [slice(0, 3), slice(3, 13)]  # and not the third episode, which fails
+    x = np.array([0.1, 5.0, 0.3, 40.0])
+    assert spearman(x, x**3) == pytest.approx(1) and spearman(x, -x) == pytest.approx(-1)
+    ranks = np.array([0, 2, 1, 3])
+    assert spearman(x, np.arange(4)) == pytest.approx(1 - 6 * ((ranks - np.arange(4)) ** 2).sum() / (4 * 15))
+
+
 def test_flatten_is_gymnasiums_order():
     space = gym.spaces.Dict({"b": BOX, "a": gym.spaces.Dict({"d": ACTION, "c": BOX})})
     obs = space.sample()
