@@ -36,8 +36,8 @@ class Args:
     """episodes per replica"""
     workers: int = os.cpu_count()
     """processes that evaluate"""
-    eval_env: Literal["fixed", "data"] = "fixed"
-    """mazes: one start and one goal as in D4RL, or those that the data were recorded with"""
+    eval_env: Literal["fixed", "data"] | None = None
+    """mazes: from one start to one goal, or drawn as in the recording (default: as in the actor's training)"""
 
 
 def flatten(obs):
@@ -74,7 +74,7 @@ def policy_weights(state_dict, replica):
 
 def make_env(environment):
     """One of info's environments: its id with its own keyword arguments, never the bare id."""
-    mujoco.set_mju_user_warning(lambda message: None)  # no notices that something newer exists: the data need this
+    mujoco.set_mju_user_warning(lambda message: None)  # silences "newer versions exist": the data need theirs
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
         if environment["id"] not in gym.registry:
             import gymnasium_robotics
@@ -95,7 +95,8 @@ def check_env(environment, info):
         sys.exit(f"error: cannot make {environment['id']} ({reason}): install its package; to train, --eval-every 0")
     there = gym.spaces.flatdim(env.observation_space), gym.spaces.flatdim(env.action_space)
     if there != (info["state_dim"], info["action_dim"]):
-        sys.exit(f"error: {environment['id']} has {there} state and action dimensions: name the data's own task, --env")
+        here = f"{there} state and action dimensions, the data {info['state_dim'], info['action_dim']}"
+        sys.exit(f"error: {environment['id']} has {here}: record them with their environment; to train, --eval-every 0")
     env.close()
 
 
@@ -156,8 +157,8 @@ def load_artifact(path, stage, remedy):
         found = (artifact["stage"], artifact["format"])
     except Exception as e:  # whatever a damaged or foreign file makes of torch.load
         sys.exit(f"error: {path} cannot be read as an artifact ({type(e).__name__}): {remedy} again")
-    if found != (stage, 1):
-        sys.exit(f"error: {path} holds stage {found[0]}, format {found[1]}, not {stage}, format 1: {remedy}")
+    if found != (stage, 2):
+        sys.exit(f"error: {path} holds stage {found[0]}, format {found[1]}, not {stage}, format 2: {remedy}")
     return artifact
 
 
@@ -187,6 +188,7 @@ if __name__ == "__main__":
     artifact = load_artifact(folder / "actor.pt", "actor", f"run `python srpo_actor.py --env {args.env}`")
     if not artifact["environments"]:
         sys.exit(f"error: the data of {args.env} name no environment to evaluate in: record them with one")
+    args.eval_env = args.eval_env or artifact["args"]["eval_env"]
     environment = artifact["environments"][args.eval_env]
     check_env(environment, artifact)
 

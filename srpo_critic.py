@@ -178,27 +178,32 @@ def open_minari(ids, env):
 
 
 def open_d4rl(path, env):
-    """The same of an original D4RL file, with the transitions that D4RL's qlearning_dataset takes.
+    """The same two of an original D4RL file, the episodes with the transitions that D4RL's qlearning_dataset takes.
 
     The next row is the next observation; a time-out and the file's last row have none, so these steps will be lost.
     """
+    robot = next((robot for robot in D4RL_SCORES if env.startswith(f"{robot.lower()}-")), None)
+    named = [robot for robot in D4RL_SCORES if Path(path).name.startswith(robot.lower())]
+    if named and named != [robot] and (robot or env in TASKS):
+        sys.exit(f"error: {path} holds no data of {env}: give the file of the task")
     names = ("observations", "actions", "rewards", "terminals", "timeouts")
     try:
         with h5py.File(path) as file:
             if "infos/goal" in file:
-                sys.exit(f"error: {path} has no goals in its observations: use Minari's AntMaze, without --dataset")
+                sys.exit(f"error: {path} has no goals in its observations: use Minari's set of the maze, no --dataset")
             if missing := [name for name in names if name not in file]:
                 sys.exit(f"error: {path} has no {', '.join(missing)}: give a file like D4RL's, with {', '.join(names)}")
             obs, action, reward, terminal, timeout = (file[name][:] for name in names)
-    except OSError as e:
+    except (OSError, TypeError, ValueError) as e:
         sys.exit(f"error: {path} cannot be read as HDF5 ({type(e).__name__}): give a file of D4RL")
     reward, terminal, timeout = reward.ravel(), terminal.ravel() > 0, timeout.ravel() > 0  # older files vary
+    if (obs.ndim, action.ndim) != (2, 2) or len({len(x) for x in (obs, action, reward, terminal, timeout)}) > 1:
+        sys.exit(f"error: {path} has columns of other shapes than D4RL's: give one row per step in {', '.join(names)}")
     timeout[-1:] = True
     episodes = []
     for start, end in itertools.pairwise([0, *np.flatnonzero(terminal | timeout) + 1]):
         columns = action[start:end], reward[start:end], terminal[start:end], timeout[start:end]
         episodes.append(minari.EpisodeData(start, obs[start : end + 1 - timeout[end - 1]], *columns, infos={}))
-    robot = next((robot for robot in D4RL_SCORES if env.startswith(f"{robot.lower()}-")), None)
     spec = robot and {"id": f"{robot}-v5", "kwargs": {}, "max_episode_steps": 1000}  # D4RL's own is gone
     return episodes, {
         "environments": spec and {"data": spec, "fixed": spec},
@@ -262,7 +267,7 @@ def load_dataset(env, dataset, device):
     }
     print(f"{env}: {len(steps):,} episodes, {steps.sum():,.0f} steps, {terminations.sum():,.0f} terminations,", end=" ")
     print(f"mean return {returns.mean():.2f} ({returns.min():.1f} to {returns.max():.1f}),", end=" ")
-    print(f"score {info['data_score']:.1f}; {N:,} transitions of use.", end=" ")
+    print(f"score {info['data_score']:.1f}; {N:,} usable transitions.", end=" ")
     print("Defaults:", "the paper's" if env in TASKS else "ours, the paper has none for this name")
     return {name: torch.from_numpy(column).to(device) for name, column in data.items()}, info
 
@@ -387,8 +392,9 @@ def set_aside(path):
 def refuse_changes(path, then, args):
     """Exit with one line if an argument that matters is not what it was in the run that --resume goes on with."""
     for name, value in asdict(args).items():
-        if name not in MAY_CHANGE and then[name] != value:
-            sys.exit(f"error: {path} was written with {name} = {then[name]}, not {value}: give the same to resume it")
+        if name not in MAY_CHANGE and then.get(name) != value:
+            was = f"{name} = {then.get(name)}, not {value}"
+            sys.exit(f"error: {path} was written with {was}: give the same to resume it")
 
 
 def open_run(args):
@@ -514,7 +520,7 @@ if __name__ == "__main__":
     bar.close()
 
     labels = {"seeds": seeds, "args": asdict(args)}
-    artifact = {"stage": STAGE, "format": 1, **info, **labels, "weights": critic.state_dict()}
+    artifact = {"stage": STAGE, "format": 2, **info, **labels, "weights": critic.state_dict()}
     set_aside(folder / f"{STAGE}.pt")
     save(artifact, folder / f"{STAGE}.pt")
     checkpoint.unlink(missing_ok=True)

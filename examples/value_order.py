@@ -16,6 +16,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import srpo_critic
+from eval import load_artifact
 
 
 @dataclass
@@ -38,29 +39,37 @@ def successes(data):
             yield slice(start, start + reached[0] + 1)
 
 
+def ranks(x):
+    """The mean rank among equal values, so that ties are in no order."""
+    _, index, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[index]
+
+
 def spearman(x, y):
-    """Rank correlation of two arrays without ties."""
-    return np.corrcoef(x.argsort().argsort(), y.argsort().argsort())[0, 1]
+    """Rank correlation of two arrays; 0 if one is constant."""
+    x, y = ranks(x) - ranks(x).mean(), ranks(y) - ranks(y).mean()
+    return (x * y).sum() / max(np.sqrt((x**2).sum() * (y**2).sum()), 1e-12)
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    path = Path(args.out_dir, args.run_name or args.env.replace("/", "-"), "critic.pt")
-    if not path.exists():
-        sys.exit(f"error: {path} does not exist: run `python srpo_critic.py --env {args.env}` first")
-    artifact = torch.load(path, map_location="cpu", weights_only=True)
+    env = args.env.removesuffix("-v2") if args.env.removesuffix("-v2") in srpo_critic.TASKS else args.env
+    path = Path(args.out_dir, args.run_name or env.replace("/", "-"), "critic.pt")
+    artifact = load_artifact(path, "critic", f"run `python srpo_critic.py --env {env}`")
     if not artifact["maze"]:
-        sys.exit(f"error: {args.env} is no maze, its episodes have no goal to order states by: name a maze")
+        sys.exit(f"error: {env} is no maze, its episodes have no goal to order states by: name a maze")
     data, info = srpo_critic.load_dataset(artifact["env"], artifact["args"]["dataset"], "cpu")
+    if info["fingerprint"] != artifact["fingerprint"]:
+        sys.exit(f"error: {path} was trained on other data: run `python srpo_critic.py --env {env}` again")
     generators = [torch.Generator() for _ in artifact["seeds"]]
     critic = srpo_critic.Critic(info["state_dim"], info["action_dim"], generators)
     critic.load_state_dict(artifact["weights"])
-    episodes = list(successes(data))
+    episodes = [e for e in successes(data) if e.stop - e.start > 2]
     if not episodes:
-        sys.exit(f"error: no episode of {args.env} ends in success: there is no order to measure")
+        sys.exit(f"error: no episode of {env} takes some steps to succeed: there is no order to measure")
     with torch.no_grad():
         v = torch.cat([critic.v(s.expand(len(generators), -1, -1)) for s in data["obs"].split(10_000)], dim=1)
     v = v.squeeze(-1).numpy()
     for seed, value in zip(artifact["seeds"], v):
-        order = [spearman(value[e], np.arange(e.stop - e.start)) for e in episodes if e.stop - e.start > 2]
+        order = [spearman(value[e], np.arange(e.stop - e.start)) for e in episodes]
         print(f"seed {seed}: Spearman {np.mean(order):.4f} (std {np.std(order):.4f}) over {len(order)} episodes")

@@ -130,7 +130,7 @@ D4RL_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
         (D4RL_KEYS[:2], "x.hdf5 has no rewards, terminals, timeouts"),
         (
             (*D4RL_KEYS, "infos/goal"),
-            "x.hdf5 has no goals in its observations: use Minari's AntMaze, without --dataset",
+            "x.hdf5 has no goals in its observations: use Minari's set of the maze, no --dataset",
         ),
         ((), "x.hdf5 has no observations"),
     ],
@@ -151,11 +151,29 @@ def test_bad_input_d4rl_file_without_transitions(rows):
     refused("x.hdf5 is empty", "srpo_critic.py", "--env", "hopper-medium-replay", "--dataset", "x.hdf5")
 
 
-def test_bad_input_d4rl_columns_of_different_lengths():
+@pytest.mark.parametrize("key", D4RL_KEYS)
+@pytest.mark.parametrize("shape", [(4, 2), (8, 2), (6, 2), (6, 2, 2), (6,), (4,), (8,), None])
+def test_bad_input_d4rl_columns_of_other_shapes(key, shape):
+    if shape == ((6, 2) if key in D4RL_KEYS[:2] else (6,)):
+        pytest.skip("the right shape")
     with h5py.File("x.hdf5", "w") as f:
-        for key in D4RL_KEYS:
-            f[key] = np.zeros((4 if key == "actions" else 6, 2)) if key in D4RL_KEYS[:2] else np.zeros(6)
-    refused("x.hdf5 lacks some of its action", "srpo_critic.py", "--env", "any", "--dataset", "x.hdf5")
+        for name in D4RL_KEYS:
+            f[name] = np.zeros((6, 2)) if name in D4RL_KEYS[:2] else np.zeros(6)
+        del f[key]
+        if shape:
+            f[key] = np.zeros(shape)
+        else:
+            f.create_group(key)
+    message = "has columns of other shapes than D4RL's" if shape else "cannot be read as HDF5 (TypeError)"
+    refused(f"x.hdf5 {message}", "srpo_critic.py", "--env", "any", "--dataset", "x.hdf5")
+
+
+@pytest.mark.parametrize(
+    "env, file",
+    [("halfcheetah-medium", "walker2d_x.hdf5"), ("antmaze-umaze", "hopper_x.hdf5"), ("hopper-mine", "walker2d.hdf5")],
+)
+def test_bad_input_d4rl_file_of_another_task(env, file):
+    refused(f"{file} holds no data of {env}", "srpo_critic.py", "--env", env, "--dataset", file)
 
 
 @pytest.mark.parametrize("name", ["file", "nothing", "folder"])
@@ -207,7 +225,10 @@ def test_bad_input_eval_flags():
 
 def test_bad_input_environment_of_another_robot(trained):
     artifact = torch.load(trained / "actor.pt", weights_only=True)
-    for kwargs, message in (({}, "has (4, 2) state and action dimensions"), ({"no": 1}, "cannot make CartPole-v1")):
+    for kwargs, message in (
+        ({}, "has (4, 2) state and action dimensions, the data (3, 1)"),
+        ({"no": 1}, "cannot make CartPole-v1"),
+    ):
         environment = {"id": "CartPole-v1", "kwargs": kwargs, "max_episode_steps": 5}
         Path("runs/cart").mkdir(parents=True, exist_ok=True)
         torch.save(artifact | {"environments": {"data": environment, "fixed": environment}}, "runs/cart/actor.pt")
@@ -275,6 +296,6 @@ def test_bad_input_damaged_artifact(kind, script, trained):
 
 def test_bad_input_artifact_of_another_format(trained):
     Path("runs/test-pendulum-v0").mkdir(parents=True)
-    for content, message in (({"stage": "critic", "format": 2}, "format 2"), ({"weights": {}}, "cannot be read")):
+    for content, message in (({"stage": "critic", "format": 1}, "format 1"), ({"weights": {}}, "cannot be read")):
         torch.save(content, "runs/test-pendulum-v0/critic.pt")
         refused(message, "srpo_actor.py", *TINY)

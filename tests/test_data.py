@@ -126,6 +126,8 @@ def test_value_order_compares_each_success_with_its_countdown(maze):
     assert list(successes(data)) == [slice(0, 3), slice(3, 13)]  # and not the third episode, which fails
     x = np.array([0.1, 5.0, 0.3, 40.0])
     assert spearman(x, x**3) == pytest.approx(1) and spearman(x, -x) == pytest.approx(-1)
+    assert spearman(np.zeros(9), np.arange(9)) == 0  # ties are no order
+    assert spearman(np.array([0.0, 0.0, 1.0]), np.arange(3)) == pytest.approx(np.sqrt(3) / 2)
     ranks = np.array([0, 2, 1, 3])
     assert spearman(x, np.arange(4)) == pytest.approx(1 - 6 * ((ranks - np.arange(4)) ** 2).sum() / (4 * 15))
 
@@ -242,7 +244,9 @@ def test_d4rl_files_load_as_d4rl_loads_them(ends, dtype, shape, tmp_path):
         hopper = {"id": "Hopper-v5", "kwargs": {}, "max_episode_steps": 1000}
         assert info["environments"] == {"data": hopper, "fixed": hopper} and info["state_dim"] == 11
     else:
-        assert len(load_dataset("hopper-medium", str(path), "cpu")[0]["obs"]) == 18
+        rows = np.stack([obs for obs, *_ in qlearning_dataset(path)[0]])
+        np.testing.assert_allclose(load_dataset("hopper-medium", str(path), "cpu")[0]["obs"], rows, rtol=1e-6)
+        assert len(rows) == 18
     assert load_dataset("my-robot", str(path), "cpu")[1]["environments"] is None
 
 

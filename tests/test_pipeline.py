@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -313,8 +314,8 @@ def test_every_kind_of_data_goes_through_all_stages(kind, tmp_path):
         assert (artifact["state_dim"], artifact["fingerprint"][0]) == (state_dim, size)
         assert found.items() <= artifact["args"].items()
     returns = {}
-    for where in ("fixed", "data"):
-        done = run("eval.py", "--env", f"{env}-v2", "--episodes", 3, "--workers", 1, "--eval-env", where)
+    for where, flag in (("fixed", ("--eval-env", "fixed")), ("data", ())):  # as the actor had it
+        done = run("eval.py", "--env", f"{env}-v2", "--episodes", 3, "--workers", 1, *flag)
         assert done.stderr == ""
         result = json.loads((tmp_path / "runs" / env / "eval.json").read_text())
         assert result["eval_env"] == where and expected.items() <= result["policies"][0].items()
@@ -338,8 +339,9 @@ def test_scores_do_not_depend_on_the_number_of_workers(trained):
 
 def test_environments_are_made_without_a_word(capfd, tmp_path):
     """MuJoCo's notices come from C, and leave a file; AntMaze's from Gymnasium. Later warnings are heard again."""
-    for id in ("HalfCheetah-v5", "AntMaze_UMaze-v4"):
-        env = srpo_eval.make_env({"id": id, "kwargs": {}, "max_episode_steps": 5})
+    with warnings.catch_warnings(action="error"):
+        for id in ("HalfCheetah-v5", "AntMaze_UMaze-v4"):
+            env = srpo_eval.make_env({"id": id, "kwargs": {}, "max_episode_steps": 5})
     assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
     env.reset()
     env.unwrapped.data.qpos[:] = 1e30
