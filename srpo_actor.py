@@ -82,6 +82,8 @@ class Args:
     """mazes: from one start to one goal as in D4RL, or with starts and goals drawn as in the recording"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA when there is one"""
+    graph: bool = True
+    """on CUDA, record the update as one graph; --no-graph runs it eagerly"""
     tf32: bool = True
     """TF32 matrix products on CUDA"""
     resume: bool = False
@@ -105,6 +107,7 @@ MAY_CHANGE = {
     "behavior",
     "out_dir",
     "run_name",
+    "graph",
     "resume",
     "checkpoint_every",
     "eval_workers",
@@ -443,6 +446,31 @@ def make_update(args, policy, q_target, behavior, optimizer, beta, draw, window,
     return update
 
 
+def capture(update, optimizer, *tensors):
+    """update recorded as one CUDA graph: a replay is one launch, where eager PyTorch pays for hundreds of small ones.
+
+    tensors: all that update changes, besides the optimizer's state. The graph keeps to them: load a checkpoint before.
+    """
+
+    def state():
+        return [*tensors, *(x for moments in optimizer.state.values() for x in moments.values())]
+
+    before, rng, stream = [x.clone() for x in state()], torch.cuda.get_rng_state(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # the first calls choose kernels and make the optimizer's state, which must not be recorded
+            update()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update()
+    with torch.no_grad():  # none of these steps was training
+        for x, value in itertools.zip_longest(state(), before):
+            x.zero_() if value is None else x.copy_(value)  # a new optimizer's state begins at zero
+    torch.cuda.set_rng_state(rng)
+    return graph.replay
+
+
 def sample(data, replicas, batch_size):
     """Rows of data drawn with replacement, for each replica its own: list of [R, B, ...]."""
     x = next(iter(data.values()))
@@ -767,6 +795,8 @@ if __name__ == "__main__":
         return s, *sample_noise((*s.shape[:2], A), *t_range, device)
 
     update = make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, done)
+    if args.graph and device.type == "cuda":
+        update = capture(update, optimizer, window, done, *policy.state_dict().values())
 
     clock, bar = time.time(), tqdm(total=args.steps, initial=start, desc=STAGE)
     for step in range(start + 1, args.steps + 1):

@@ -1,58 +1,400 @@
-"""What loading costs: seconds, and peak memory, for 1 M transitions of a synthetic Minari set like the locomotion ones.
+"""Speed and memory: the updates of the three stages, beside a plain loop and the hardware's floor; loading; evaluation.
 
-python tests/benchmark.py
+    python tests/benchmark.py              # a table; --quick: a rougher one in less than a minute; --json: for programs
+
+Each stage's own make_update at the paper's sizes, for 1 and 6 seeds and the actor's grid of 6 seeds x 6 betas, against
+(a) plain: one seed, eager, the way the released code works: a module per network, an optimizer per loss, Python loops
+    over parameters, and in the behaviour stage a loss read back at every step;
+(b) floor: counted multiply-adds over the rate of a large matrix product, or the bytes of parameters, gradients and
+    optimizer state over the bandwidth of a large copy, whichever takes longer; both are measured in the same run.
 """
 
+import contextlib
+import copy
+import io
+import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import minari
 import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
 from minari.data_collector import EpisodeBuffer
+from torch.utils.flop_counter import FlopCounterMode
 
-STATE_DIM, ACTION_DIM, EPISODES, LENGTH, INFOS = 17, 6, 1000, 1000, 6  # as mujoco/halfcheetah/medium-v0
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import srpo_actor
+import srpo_behavior
+import srpo_critic
+
+STATE_DIM, ACTION_DIM, N = 17, 6, 1_000_000  # of halfcheetah-medium
+
+
+@dataclass
+class Args:
+    quick: bool = False
+    """rougher numbers, in less than a minute on 2 cores"""
+    json: bool = False
+    """print numbers for another program instead of a table"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA when there is one"""
+
+
+def random_data(device, N=N):
+    """Columns as load_dataset returns them."""
+    shapes = {"obs": (STATE_DIM,), "action": (ACTION_DIM,), "reward": (), "next_obs": (STATE_DIM,), "terminal": ()}
+    data = {name: torch.randn(N, *shape, device=device) for name, shape in shapes.items()}
+    data["action"].tanh_()
+    data["terminal"] = (data["terminal"] > 3).float()
+    return data
+
+
+# (a) the plain loop
+
+
+def plain_mlp(n_in, n_out, hidden=2):
+    sizes = [n_in] + [256] * hidden
+    layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(256, n_out))
+
+
+class PlainTwinQ(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q1, self.q2 = plain_mlp(ACTION_DIM + STATE_DIM, 1), plain_mlp(ACTION_DIM + STATE_DIM, 1)
+
+    def forward(self, s, a):
+        x = torch.cat([a, s], dim=-1)
+        return self.q1(x), self.q2(x)
+
+
+class PlainBehavior(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.W = nn.Parameter(30 * torch.randn(32), requires_grad=False)
+        self.time = nn.Sequential(nn.Linear(64, 128), nn.Mish(), nn.Linear(128, 128))
+        self.first, self.last = nn.Linear(ACTION_DIM + STATE_DIM + 128, 256), nn.Linear(256, ACTION_DIM)
+        block = (nn.Dropout(0.1), nn.LayerNorm(256), nn.Linear(256, 1024), nn.Mish(), nn.Linear(1024, 256))
+        self.blocks = nn.ModuleList(copy.deepcopy(nn.Sequential(*block)) for _ in range(3))
+
+    def forward(self, a_t, s, t):
+        phase = 2 * torch.pi * self.W * t[:, None]
+        x = self.first(torch.cat([a_t, s, self.time(torch.cat([phase.sin(), phase.cos()], dim=-1))], dim=-1))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(F.mish(x))
+
+
+def plain_minibatches(data, batch_size):
+    """Walks through a shuffled data set."""
+    while True:
+        for index in torch.randperm(N, device=data["obs"].device).split(batch_size)[:-1]:
+            yield {name: x[index] for name, x in data.items()}
+
+
+def plain_critic(data, args, device):
+    q, v = PlainTwinQ().to(device), plain_mlp(STATE_DIM, 1).to(device)
+    q_target = copy.deepcopy(q)
+    q_optimizer, v_optimizer = torch.optim.Adam(q.parameters(), lr=3e-4), torch.optim.Adam(v.parameters(), lr=3e-4)
+    batches = plain_minibatches(data, args.batch_size)
+
+    def update():
+        b = next(batches)
+        with torch.no_grad():
+            q_min, next_v = torch.min(*q_target(b["obs"], b["action"])), v(b["next_obs"])
+        u = q_min - v(b["obs"])
+        v_loss = (torch.abs(0.7 - (u < 0).float()) * u**2).mean()
+        v_optimizer.zero_grad(set_to_none=True)
+        v_loss.backward()
+        v_optimizer.step()
+        backup = b["reward"][:, None] + 0.99 * (1 - b["terminal"][:, None]) * next_v
+        q_loss = sum(F.mse_loss(x, backup) for x in q(b["obs"], b["action"])) / 2
+        q_optimizer.zero_grad(set_to_none=True)
+        q_loss.backward()
+        q_optimizer.step()
+        for x, target in zip(q.parameters(), q_target.parameters()):
+            target.data.copy_(0.005 * x.data + 0.995 * target.data)
+
+    return update
+
+
+def plain_behavior(data, args, device):
+    model = PlainBehavior().to(device)
+    optimizer = torch.optim.AdamW(filter(lambda p: p.requires_grad, model.parameters()), lr=3e-4)
+    batches, losses = plain_minibatches(data, args.batch_size), []
+
+    def update():
+        b = next(batches)
+        t, eps = torch.rand(len(b["obs"]), device=device) * 0.999 + 0.001, torch.randn_like(b["action"])
+        alpha, sigma = srpo_behavior.alpha_sigma(t[:, None])
+        loss = ((model(alpha * b["action"] + sigma * eps, b["obs"], t) - eps) ** 2).sum(dim=-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    return update
+
+
+def plain_actor(data, args, device):
+    policy = plain_mlp(STATE_DIM, ACTION_DIM).append(nn.Tanh()).to(device)
+    q_target, model = PlainTwinQ().to(device), PlainBehavior().to(device).eval()
+    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.steps)
+    batches = plain_minibatches({"obs": data["obs"]}, args.batch_size)
+
+    def update():
+        s = next(batches)["obs"]
+        a = policy(s)
+        t, eps = torch.rand(len(s), device=device) * 0.96 + 0.02, torch.randn_like(a)
+        alpha, sigma = srpo_actor.alpha_sigma(t[:, None])
+        with torch.no_grad():
+            eps_hat = model(alpha * a + sigma * eps, s, t)
+        leaf = a.detach().requires_grad_(True)
+        g = torch.autograd.grad(sum(q_target(s, leaf)).sum() / 2, leaf)[0]
+        loss = ((sigma**2 * (eps_hat - eps) - 0.05 * g) * a).sum(dim=-1).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+    return update
+
+
+# ours: put together as the scripts' main parts do
+
+
+def our_critic(data, args, device, seeds, betas):
+    generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
+    args.expectile = 0.7
+    critic = srpo_critic.Critic(STATE_DIM, ACTION_DIM, generators).to(device)
+    parameters = [p for p in critic.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=True, capturable=device.type == "cuda")
+    window = torch.zeros(len(srpo_critic.METRICS), seeds, device=device)
+
+    def draw():
+        return srpo_critic.sample(data, seeds, args.batch_size)
+
+    update = srpo_critic.make_update(args, critic, optimizer, draw, window)
+    return update, critic, optimizer, (window,)
+
+
+def our_behavior(data, args, device, seeds, betas):
+    generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
+    model = srpo_behavior.BehaviorModel(STATE_DIM, ACTION_DIM, generators).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True, capturable=device.type == "cuda")
+    window = torch.zeros(len(srpo_behavior.METRICS), seeds, device=device)
+    data = {name: data[name] for name in ("obs", "action")}
+
+    def draw():
+        s, a = srpo_behavior.sample(data, seeds, args.batch_size)
+        return s, a, *srpo_behavior.sample_noise(a.shape, 0.001, 1.0, device)
+
+    return srpo_behavior.make_update(args, model, optimizer, draw, window), model, optimizer, (window,)
+
+
+def our_actor(data, args, device, seeds, betas):
+    R, generators = seeds * betas, [torch.Generator().manual_seed(seed) for seed in range(seeds)]
+    args.beta, args.q_grad_norm = tuple(0.01 * (k + 1) for k in range(betas)), "none"
+    each = [g for g in generators for _ in args.beta]
+    policy = srpo_actor.mlp([STATE_DIM, 256, 256, ACTION_DIM], each).append(nn.Tanh()).to(device)
+    q_target = srpo_actor.TwinQ(STATE_DIM, ACTION_DIM, generators).to(device).requires_grad_(False)
+    behavior = srpo_actor.BehaviorModel(STATE_DIM, ACTION_DIM, generators).to(device).requires_grad_(False).eval()
+    beta = torch.tensor(args.beta, device=device).repeat(seeds).view(-1, 1, 1)
+    lr, done = torch.tensor(args.lr, device=device), torch.zeros((), device=device)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=True, capturable=device.type == "cuda")
+    window = torch.zeros(len(srpo_actor.METRICS), R, device=device)
+
+    def draw():
+        (s,) = srpo_actor.sample({"obs": data["obs"]}, R, args.batch_size)
+        return s, *srpo_actor.sample_noise((*s.shape[:2], ACTION_DIM), 0.02, 0.98, device)
+
+    update = srpo_actor.make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, done)
+    return update, policy, optimizer, (window, done)
+
+
+STAGES = {  # stage -> its script, the plain loop, ours, seeds x betas
+    "critic": (srpo_critic, plain_critic, our_critic, [(1, 1), (6, 1)]),
+    "behavior": (srpo_behavior, plain_behavior, our_behavior, [(1, 1), (6, 1)]),
+    "actor": (srpo_actor, plain_actor, our_actor, [(1, 1), (6, 1), (6, 6)]),
+}
+
+
+# measuring
+
+
+def sync(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def milliseconds(updates, device, seconds):
+    """Milliseconds per call of each update: the median of five turns, in which they alternate, after a warm-up."""
+    cost = {}
+    for name, update in updates.items():
+        for _ in range(2):
+            update()
+        sync(device)
+        start = time.perf_counter()
+        update()
+        sync(device)
+        cost[name] = time.perf_counter() - start
+    turns = {name: [] for name in updates}
+    for _ in range(5):
+        for name, update in updates.items():
+            calls = max(1, round(seconds / 5 / len(updates) / cost[name]))
+            start = time.perf_counter()
+            for _ in range(calls):
+                update()
+            sync(device)
+            turns[name].append(1000 * (time.perf_counter() - start) / calls)
+    return {name: statistics.median(times) for name, times in turns.items()}
+
+
+def hardware(device):
+    """Multiply-adds per second of a large product, and bytes per second of a large copy, the best of five each."""
+    x, y, z = (torch.zeros(shape, device=device) for shape in ((2048, 2048), 64_000_000, 64_000_000))
+    rates = []
+    for work, amount in ((lambda: x @ x, len(x) ** 3), (lambda: y.copy_(z), 2 * 4 * len(y))):
+        times = []
+        for _ in range(6):
+            sync(device)
+            start = time.perf_counter()
+            work()
+            sync(device)
+            times.append(time.perf_counter() - start)
+        rates.append(amount / min(times[1:]))
+    return rates
+
+
+def floor_milliseconds(update, model, rates):
+    """The larger of arithmetic and memory traffic, in milliseconds per step."""
+    with FlopCounterMode(display=False) as counter:
+        update()
+    trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    fixed = sum(4 * p.numel() for p in model.parameters() if not p.requires_grad)
+    traffic = 8 * trained + 2 * fixed  # Adam reads weight, gradient, two moments, writes three; the gradient is written
+    return 1000 * max(counter.get_total_flops() / 2 / rates[0], traffic / rates[1])
+
+
+def measure_stage(stage, data, device, rates, seconds):
+    """replicas -> {"ms", "plain_ms", "floor_ms"}, on CUDA also "eager_ms" and "peak_mb", for one stage."""
+    script, plain, ours, grids = STAGES[stage]
+    updates, result = {"plain": plain(data, script.Args(env=""), device)}, {}
+    for seeds, betas in grids:
+        R = str(seeds * betas)
+        update, model, optimizer, tensors = ours(data, script.Args(env=""), device, seeds, betas)
+        result[R] = {"floor_ms": floor_milliseconds(update, model, rates)}
+        if device.type == "cuda":
+            updates[f"{R} eager"] = update
+            torch.cuda.reset_peak_memory_stats()
+            update = script.capture(update, optimizer, *tensors, *model.state_dict().values())
+            result[R]["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
+        updates[R] = update
+    ms = milliseconds(updates, device, seconds)
+    for R, row in result.items():
+        row |= {"ms": ms[R], "plain_ms": ms["plain"]}
+        if device.type == "cuda":
+            row["eager_ms"] = ms[f"{R} eager"]
+    return result
 
 
 def make_set(id):
-    """Observations and rewards in float64, as Gymnasium's MuJoCo environments give them."""
-    rng, zeros = np.random.default_rng(0), np.zeros(LENGTH, bool)
-    buffers = []
-    for _ in range(EPISODES):
-        obs, rewards = rng.normal(size=(LENGTH + 1, STATE_DIM)), rng.normal(size=LENGTH)
-        actions = rng.uniform(-1, 1, (LENGTH, ACTION_DIM)).astype(np.float32)
-        infos = {f"info_{i}": rng.normal(size=LENGTH + 1) for i in range(INFOS)}
-        truncations = np.arange(LENGTH) == LENGTH - 1
-        steps = {"actions": actions, "rewards": rewards, "terminations": zeros, "truncations": truncations}
-        buffers.append(EpisodeBuffer(observations=obs, **steps, infos=infos))
+    """A Minari set of N transitions, float64 as Gymnasium's MuJoCo environments give them."""
+    rng, T, buffers = np.random.default_rng(0), 1000, []
+    for _ in range(N // T):
+        infos = {f"info_{i}": rng.normal(size=T + 1) for i in range(6)}  # Minari's own sets hold as many
+        steps = {"rewards": rng.normal(size=T), "terminations": np.zeros(T, bool), "truncations": np.arange(T) == T - 1}
+        actions = rng.uniform(-1, 1, (T, ACTION_DIM)).astype(np.float32)
+        obs = rng.normal(size=(T + 1, STATE_DIM))
+        buffers.append(EpisodeBuffer(observations=obs, actions=actions, **steps, infos=infos))
     action_space = gym.spaces.Box(-1, 1, (ACTION_DIM,), np.float32)
     observation_space = gym.spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float64)
     minari.create_dataset_from_buffers(id, buffers, action_space=action_space, observation_space=observation_space)
 
 
 def load_set(id):
-    """Prints what load_dataset takes; the peak is the whole process's, so this one does nothing else."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-    import srpo_critic
-
+    """Seconds and peak memory of load_dataset; the peak is a process's, so this is called in one of its own."""
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     data, _ = srpo_critic.load_dataset(id, None, "cpu")
     seconds = time.perf_counter() - start
     peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    size = sum(x.nbytes for x in data.values())
-    print(f"loading: {seconds:.1f} s, peak memory {peak / size:.2f} times the tensors' {size / 1e6:.0f} MB")
+    return {"seconds": seconds, "peak_over_tensors": peak / sum(x.nbytes for x in data.values())}
+
+
+def measure_loading():
+    """The same, from a set that is made and deleted here."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        os.environ["MINARI_DATASETS_PATH"] = folder
+        with warnings.catch_warnings(action="ignore"):
+            make_set("benchmark/locomotion-v0")
+        code = "import benchmark, json; print(json.dumps(benchmark.load_set('benchmark/locomotion-v0')))"
+        where = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+        done = subprocess.run([sys.executable, "-c", code], env=where, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_evaluation(quick):
+    """Environment steps per second of evaluate(), for one and two workers: workers -> steps/s."""
+    environment = {"id": "HalfCheetah-v5", "kwargs": {}, "max_episode_steps": 200 if quick else 1000}
+    info = {"maze": False, "action_low": [-1.0] * ACTION_DIM, "action_high": [1.0] * ACTION_DIM, "reference": (0, 1)}
+    policy = srpo_actor.mlp([STATE_DIM, 256, 256, ACTION_DIM], [torch.Generator()])
+    policies, result = [srpo_actor.policy_weights(policy.state_dict(), 0)], {}
+    for workers in (1, 2):
+        with srpo_actor.start_workers(workers) as pool:
+            srpo_actor.evaluate(pool, policies, info, environment, range(10 * workers))  # starts them
+            start = time.perf_counter()
+            lengths = srpo_actor.evaluate(pool, policies, info, environment, range(80))["eval/episode_length"]
+            result[str(workers)] = lengths.sum() / (time.perf_counter() - start)
+    return result
+
+
+def table(result, device):
+    """The rows of the three stages, ready for README."""
+    lines = [
+        f"| {device} | ms/step | plain | ours / (replicas x plain) | floor | ours / floor |",
+        "|---|---|---|---|---|---|",
+    ]
+    for stage in STAGES:
+        for R, row in result[stage].items():
+            ms, plain, floor = row["ms"], row["plain_ms"], row["floor_ms"]
+            cells = (f"{ms:.3g}", f"{plain:.3g}", f"{ms / plain / int(R):.2f}", f"{floor:.3g}", f"{ms / floor:.1f}")
+            lines.append(f"| {stage}, {R} replica{'s' * (R != '1')} | " + " | ".join(cells) + " |")
+    return lines
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        load_set(sys.argv[1])
+    args = tyro.cli(Args, description=__doc__)
+    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if cuda else "cpu")
+    torch.set_float32_matmul_precision("high")  # on CUDA TF32 for ours and the plain loop alike
+    torch.manual_seed(0)
+    result, data, rates = {}, random_data(device), hardware(device)
+    for stage in STAGES:
+        result[stage] = measure_stage(stage, data, device, rates, 7 if args.quick else 60)
+    result["loading"] = measure_loading()
+    result["evaluation"] = measure_evaluation(args.quick)
+    result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if args.json:
+        print(json.dumps(result))
         sys.exit()
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["MINARI_DATASETS_PATH"] = folder
-        make_set("benchmark/locomotion-v0")
-        subprocess.run([sys.executable, __file__, "benchmark/locomotion-v0"], check=True)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print("\n".join(table(result, name)))
+    print(f"rates: {rates[0] / 1e9:.0f} G multiply-adds/s, {rates[1] / 1e9:.0f} GB/s")
+    load, evaluation = result["loading"], result["evaluation"]
+    print(f"loading {N:,} transitions: {load['seconds']:.1f} s, peak {load['peak_over_tensors']:.2f} times the tensors")
+    print(f"evaluation, environment steps/s: {evaluation['1']:.0f} with one worker, {evaluation['2']:.0f} with two")
+    print(f"peak memory of this process: {result['peak_mb']:.0f} MB")
