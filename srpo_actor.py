@@ -10,6 +10,7 @@ replica s K + k being the policy of seed s and the k-th of K betas.
 """
 
 import contextlib
+import ctypes
 import difflib
 import io
 import itertools
@@ -592,6 +593,10 @@ def setup(args):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and args.tf32:
         torch.set_float32_matmul_precision("high")
+    libc = ctypes.CDLL(None) if args.device == "cpu" and sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # glibc gives large tensors' memory back to the system; page faults bring it again
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if args.env.removesuffix("-v2") in TASKS:
         args.env = args.env.removesuffix("-v2")
     args.run_name = args.run_name or args.env.replace("/", "-")

@@ -9,6 +9,7 @@ ICLR 2024): eps_psi(a_t | s, t) learns to name the noise that a_t = alpha a + si
 Every tensor of the networks has a leading replica axis R: all seeds train at once, each on its own minibatches.
 """
 
+import ctypes
 import difflib
 import itertools
 import json
@@ -399,6 +400,10 @@ def setup(args):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and args.tf32:
         torch.set_float32_matmul_precision("high")
+    libc = ctypes.CDLL(None) if args.device == "cpu" and sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # glibc gives large tensors' memory back to the system; page faults bring it again
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if args.env.removesuffix("-v2") in TASKS:
         args.env = args.env.removesuffix("-v2")
     args.run_name = args.run_name or args.env.replace("/", "-")

@@ -9,9 +9,7 @@ Each stage's own make_update at the paper's sizes, for 1 and 6 seeds and the act
     optimizer state over the bandwidth of a large copy, whichever takes longer; both are measured in the same run.
 """
 
-import contextlib
 import copy
-import io
 import json
 import os
 import resource
@@ -20,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -241,27 +238,20 @@ def sync(device):
         torch.cuda.synchronize()
 
 
-def milliseconds(updates, device, seconds):
-    """Milliseconds per call of each update: the median of five turns, in which they alternate, after a warm-up."""
-    cost = {}
-    for name, update in updates.items():
-        for _ in range(2):
-            update()
+def milliseconds(updates, device, seconds, turns):
+    """Milliseconds per call of each update: the median of several turns of some seconds, in which they alternate."""
+
+    def run(update, calls):
         sync(device)
         start = time.perf_counter()
-        update()
+        for _ in range(calls):
+            update()
         sync(device)
-        cost[name] = time.perf_counter() - start
-    turns = {name: [] for name in updates}
-    for _ in range(5):
-        for name, update in updates.items():
-            calls = max(1, round(seconds / 5 / len(updates) / cost[name]))
-            start = time.perf_counter()
-            for _ in range(calls):
-                update()
-            sync(device)
-            turns[name].append(1000 * (time.perf_counter() - start) / calls)
-    return {name: statistics.median(times) for name, times in turns.items()}
+        return 1000 * (time.perf_counter() - start) / calls
+
+    calls = {name: max(1, round(1000 * seconds / run(update, 1))) for name, update in updates.items()}  # warms up
+    times = [{name: run(update, calls[name]) for name, update in updates.items()} for _ in range(turns)]
+    return {name: statistics.median(turn[name] for turn in times) for name in updates}
 
 
 def hardware(device):
@@ -290,7 +280,7 @@ def floor_milliseconds(update, model, rates):
     return 1000 * max(counter.get_total_flops() / 2 / rates[0], traffic / rates[1])
 
 
-def measure_stage(stage, data, device, rates, seconds):
+def measure_stage(stage, data, device, rates, quick):
     """replicas -> {"ms", "plain_ms", "floor_ms"}, on CUDA also "eager_ms" and "peak_mb", for one stage."""
     script, plain, ours, grids = STAGES[stage]
     updates, result = {"plain": plain(data, script.Args(env=""), device)}, {}
@@ -304,7 +294,7 @@ def measure_stage(stage, data, device, rates, seconds):
             update = script.capture(update, optimizer, *tensors, *model.state_dict().values())
             result[R]["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
         updates[R] = update
-    ms = milliseconds(updates, device, seconds)
+    ms = milliseconds(updates, device, *((0.3, 3) if quick else (2, 7)))
     for R, row in result.items():
         row |= {"ms": ms[R], "plain_ms": ms["plain"]}
         if device.type == "cuda":
@@ -337,13 +327,12 @@ def load_set(id):
 
 def measure_loading():
     """The same, from a set that is made and deleted here."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        os.environ["MINARI_DATASETS_PATH"] = folder
-        with warnings.catch_warnings(action="ignore"):
-            make_set("benchmark/locomotion-v0")
-        code = "import benchmark, json; print(json.dumps(benchmark.load_set('benchmark/locomotion-v0')))"
-        where = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-        done = subprocess.run([sys.executable, "-c", code], env=where, capture_output=True, text=True, check=True)
+    code = "import benchmark; print(benchmark.json.dumps(benchmark.{}('benchmark/locomotion-v0')))"
+    with tempfile.TemporaryDirectory() as folder:
+        where = os.environ | {"MINARI_DATASETS_PATH": folder, "PYTHONPATH": str(Path(__file__).parent)}
+        for step in ("make_set", "load_set"):  # a process each: memory's high-water mark is a process's
+            command = [sys.executable, "-W", "ignore", "-c", code.format(step)]
+            done = subprocess.run(command, env=where, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -357,7 +346,7 @@ def measure_evaluation(quick):
         with srpo_actor.start_workers(workers) as pool:
             srpo_actor.evaluate(pool, policies, info, environment, range(10 * workers))  # starts them
             start = time.perf_counter()
-            lengths = srpo_actor.evaluate(pool, policies, info, environment, range(80))["eval/episode_length"]
+            lengths = srpo_actor.evaluate(pool, policies, info, environment, range(40))["eval/episode_length"]
             result[str(workers)] = lengths.sum() / (time.perf_counter() - start)
     return result
 
@@ -378,15 +367,12 @@ def table(result, device):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if cuda else "cpu")
-    torch.set_float32_matmul_precision("high")  # on CUDA TF32 for ours and the plain loop alike
+    result = {"loading": measure_loading(), "evaluation": measure_evaluation(args.quick)}
+    device = srpo_critic.setup(srpo_critic.Args(env="", device=args.device))  # TF32 and memory for ours and plain alike
     torch.manual_seed(0)
-    result, data, rates = {}, random_data(device), hardware(device)
+    data, rates = random_data(device), hardware(device)
     for stage in STAGES:
-        result[stage] = measure_stage(stage, data, device, rates, 7 if args.quick else 60)
-    result["loading"] = measure_loading()
-    result["evaluation"] = measure_evaluation(args.quick)
+        result[stage] = measure_stage(stage, data, device, rates, args.quick)
     result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if args.json:
         print(json.dumps(result))

@@ -21,6 +21,7 @@ def start(stage, seeds, device, checkpoint=None):
     data, betas = random_data(device, 500), 2 if stage == "actor" else 1
     update, model, optimizer, tensors = build(data, args, device, seeds, betas)
     if checkpoint:
+        checkpoint = copy.deepcopy(checkpoint)  # load_state_dict keeps the optimizer's tensors
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         for x, value in zip(tensors, checkpoint["tensors"]):
