@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from benchmark import STAGES, random_data
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 CUDA = torch.cuda.is_available()
 STEPS, BATCH = 200, 16
@@ -97,3 +99,33 @@ def test_a_run_without_the_repair_would_differ(recorder):
     before = snapshot(run)
     run.script.capture(run.update, run.optimizer)
     assert any(not torch.equal(x, before["model"][name]) for name, x in run.model.state_dict().items())
+
+
+class Operations(TorchDispatchMode):
+    """The names of all operations, as they reach the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.devices = [], set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        out = function(*args, **(kwargs or {}))
+        self.devices |= {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+        return out
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_update_neither_waits_for_the_device_nor_copies_to_it(stage):
+    """What would break a recording: a value read back, a size that depends on values, a tensor of the host."""
+    device = torch.device("cuda" if CUDA else "cpu")
+    run = start(stage, 2, device)
+    run.update()
+    with Operations() as seen:
+        assert run.update() is None
+    waits = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "item"}
+    assert not waits & set(seen.names) and {"bmm", "baddbmm"} <= set(seen.names)
+    assert seen.devices == {device.type}
+    with Operations() as seen:  # it would notice
+        run.tensors[0].sum().item()
+    assert waits & set(seen.names)
