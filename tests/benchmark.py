@@ -256,7 +256,7 @@ def milliseconds(updates, device, seconds, turns):
 
 def hardware(device):
     """Multiply-adds per second of a large product, and bytes per second of a large copy, the best of five each."""
-    x, y, z = (torch.zeros(shape, device=device) for shape in ((2048, 2048), 64_000_000, 64_000_000))
+    x, y, z = (torch.randn(shape, device=device) for shape in ((2048, 2048), 64_000_000, 64_000_000))
     rates = []
     for work, amount in ((lambda: x @ x, len(x) ** 3), (lambda: y.copy_(z), 2 * 4 * len(y))):
         times = []
@@ -360,7 +360,7 @@ def table(result, device):
     for stage in STAGES:
         for R, row in result[stage].items():
             ms, plain, floor = row["ms"], row["plain_ms"], row["floor_ms"]
-            cells = (f"{ms:.3g}", f"{plain:.3g}", f"{ms / plain / int(R):.2f}", f"{floor:.3g}", f"{ms / floor:.1f}")
+            cells = (f"{ms:.4g}", f"{plain:.4g}", f"{ms / plain / int(R):.2f}", f"{floor:.3g}", f"{ms / floor:.1f}")
             lines.append(f"| {stage}, {R} replica{'s' * (R != '1')} | " + " | ".join(cells) + " |")
     return lines
 
