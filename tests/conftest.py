@@ -77,6 +77,13 @@ def command(script, *flags):
     return [sys.executable, str(ROOT / script), *map(str, flags)]
 
 
+def prepared(code, script, *flags):
+    """The script's command with code before it, which sets a trap."""
+    python, path, *rest = command(script, *flags)
+    code += f"\nimport runpy, sys; sys.argv = {[path, *rest]!r}; runpy.run_path({path!r}, run_name='__main__')"
+    return [python, "-c", code]
+
+
 def run(script, *flags, check=True, **env):
     """A script in a process of its own, as a user runs it."""
     done = subprocess.run(command(script, *flags), capture_output=True, text=True, env=os.environ | env, timeout=120)

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, command, create, random_episodes, run, run_here
+from conftest import ROOT, TINY, create, prepared, random_episodes, run, run_here
 
 import eval as srpo_eval
 import srpo_actor
@@ -181,24 +181,26 @@ def test_killed_and_resumed_ends_as_uninterrupted(stage, trained, tmp_path):
     assert not (folder / f"{stage}.pt").exists()
 
     run_here(script, *flags, "--out-dir", "killed", "--resume")
-    assert same(weights(whole / f"{stage}.pt"), weights(folder / f"{stage}.pt"))
-    timeless = [
-        [{k: v for k, v in line.items() if k not in ("seconds", "charts/SPS")} for line in lines(f / f"{stage}.jsonl")]
-        for f in (whole, folder)
-    ]
-    assert timeless[0] == timeless[1] and len(timeless[0]) == 6
+    assert_same_run(whole, folder, stage)
+    assert len(lines(folder / f"{stage}.jsonl")) == 6
     assert not checkpoint.exists()
+
+
+def assert_same_run(one, two, stage, steps=60):
+    """The same artifact bit for bit, and the same log but for times."""
+    assert same(weights(one / f"{stage}.pt"), weights(two / f"{stage}.pt"))
+    logs = [
+        [{k: v for k, v in line.items() if k not in ("seconds", "charts/SPS")} for line in lines(f / f"{stage}.jsonl")]
+        for f in (one, two)
+    ]
+    assert logs[0] == logs[1] and logs[0][-1]["step"] == steps
 
 
 def slowed(script, *flags):
     """The script's command with pauses between steps, so that it is killed before its end."""
-    python, path, *rest = command(script, *flags)
-    code = (
-        "import runpy, sys, time, tqdm; old = tqdm.tqdm.update\n"
-        "def update(self, n=1): time.sleep(0.5); return old(self, n)\n"
-        f"tqdm.tqdm.update = update; sys.argv = {[path, *rest]!r}; runpy.run_path({path!r}, run_name='__main__')"
-    )
-    return [python, "-c", code]
+    code = "import time, tqdm; old = tqdm.tqdm.update\n"
+    code += "def update(self, n=1): time.sleep(0.5); return old(self, n)\ntqdm.tqdm.update = update"
+    return prepared(code, script, *flags)
 
 
 def test_resume_of_a_finished_run_does_nothing(trained, capsys):
@@ -216,10 +218,9 @@ def test_resume_takes_no_earlier_run_for_its_own(trained, tmp_path):
     """A new run that is killed before its first checkpoint, into a folder that holds a finished one."""
     folder = tmp_path / "runs" / "test-pendulum-v0"
     run_here("srpo_critic.py", *TINY, "--steps", 20)
-    code = "import os, runpy, sys, tqdm; tqdm.tqdm.update = lambda self, n: os._exit(9)\n"
-    python, path, *rest = command("srpo_critic.py", *TINY, "--steps", 20)
-    code += f"sys.argv = {[path, *rest]!r}; runpy.run_path({path!r}, run_name='__main__')"
-    assert subprocess.run([python, "-c", code], stderr=subprocess.DEVNULL).returncode == 9
+    code = "import os, tqdm; tqdm.tqdm.update = lambda self, n: os._exit(9)"
+    killed = prepared(code, "srpo_critic.py", *TINY, "--steps", 20)
+    assert subprocess.run(killed, stderr=subprocess.DEVNULL).returncode == 9
     run_here("srpo_critic.py", *TINY, "--steps", 20, "--resume")
     assert len(list(folder.glob("critic*.pt"))) == 2
 

@@ -16,34 +16,14 @@ import minari
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, create, random_episodes, run, run_here
-from test_pipeline import STAGES, lines, load, same, slowed, stage_flags, weights
+from conftest import TINY, command, create, prepared, random_episodes, run, run_here
+from test_pipeline import STAGES, assert_same_run, lines, load, same, slowed, stage_flags
 
 import eval as srpo_eval
 import srpo_actor
 import srpo_critic
 
 FOLDER = "test-pendulum-v0"
-
-
-def assert_same_run(one, two, stage, steps=60):
-    """The same artifact bit for bit, and the same log but for times."""
-    assert same(weights(one / f"{stage}.pt"), weights(two / f"{stage}.pt"))
-    logs = [
-        [{k: v for k, v in line.items() if k not in ("seconds", "charts/SPS")} for line in lines(f / f"{stage}.jsonl")]
-        for f in (one, two)
-    ]
-    assert logs[0] == logs[1] and logs[0][-1]["step"] == steps
-
-
-def killing(script, flags, code):
-    """The script's command with code before it, which sets a trap."""
-    python, path, *rest = command(script, *flags)
-    return [
-        python,
-        "-c",
-        f"{code}\nimport runpy; sys.argv = {[path, *rest]!r}; runpy.run_path({path!r}, run_name='__main__')",
-    ]
 
 
 IN_A_SAVE = """
@@ -63,7 +43,7 @@ torch.save = save
 def test_killed_while_it_writes_a_checkpoint(stage, trained, tmp_path):
     script, flags = f"srpo_{stage}.py", stage_flags(stage, trained)
     run_here(script, *flags, "--out-dir", "whole")
-    done = subprocess.run(killing(script, (*flags, "--out-dir", "killed"), IN_A_SAVE), stderr=subprocess.DEVNULL)
+    done = subprocess.run(prepared(IN_A_SAVE, script, *flags, "--out-dir", "killed"), stderr=subprocess.DEVNULL)
     assert done.returncode == -signal.SIGKILL
     folder = tmp_path / "killed" / FOLDER
     assert load(folder / f"{stage}.ckpt")["step"] == 14  # the second of them is whole
@@ -124,7 +104,7 @@ def test_a_signal_writes_a_last_checkpoint(number, trained, tmp_path):
 def test_actor_refuses_other_steps_on_resume(trained, tmp_path):
     """They set its learning rates."""
     flags = [str(flag) for flag in stage_flags("actor", trained)]
-    subprocess.run(killing("srpo_actor.py", flags, IN_A_SAVE), stderr=subprocess.DEVNULL)
+    subprocess.run(prepared(IN_A_SAVE, "srpo_actor.py", *flags), stderr=subprocess.DEVNULL)
     flags[flags.index("--steps") + 1] = "70"
     with pytest.raises(SystemExit, match="steps = 60, not 70"):
         run_here("srpo_actor.py", *flags, "--resume")
@@ -209,7 +189,7 @@ def limited(size, script, *flags):
 def test_bad_input_a_full_disk_keeps_the_previous_file(trained, tmp_path):
     folder = tmp_path / "runs" / FOLDER
     flags = [str(flag) for flag in stage_flags("critic", trained)]
-    subprocess.run(killing("srpo_critic.py", flags, IN_A_SAVE), stderr=subprocess.DEVNULL)
+    subprocess.run(prepared(IN_A_SAVE, "srpo_critic.py", *flags), stderr=subprocess.DEVNULL)
     before = (folder / "critic.ckpt").read_bytes()
     (line,) = limited(200_000, "srpo_critic.py", *flags, "--resume")
     assert "cannot write runs/test-pendulum-v0/critic.ckpt" in line and "--resume" in line
