@@ -540,13 +540,13 @@ if __name__ == "__main__":
             table = {metric.split("/")[1]: x.mean(axis=-1) for metric, x in result.items()}
             if not rows:
                 print(" ".join(f"{column:>14}" for column in ("policy", "seed", "beta", *table)))
-            for r, (seed, beta, one) in enumerate(replicas):
+            traces = [pool.submit(trace, make, one, info, test[:5]) for *_, one in replicas if info["maze"]]
+            for r, (seed, beta, _) in enumerate(replicas):
                 row = {metric: float(column[r]) for metric, column in table.items()}
                 print(f"{name:>14} {seed:14d} {beta or '-':>14} " + " ".join(f"{x:14.2f}" for x in row.values()))
                 rows.append({"policy": name, "seed": seed, "beta": beta, **row})
-                if info["maze"]:
-                    episodes = pool.submit(trace, make, one, info, test[:5]).result()
-                    ways += [{"policy": name, "seed": seed, "beta": beta, **episode} for episode in episodes]
+            for (seed, beta, _), job in zip(replicas, traces):
+                ways += [{"policy": name, "seed": seed, "beta": beta, **episode} for episode in job.result()]
     summary = []
     for name, beta in dict.fromkeys((row["policy"], row["beta"]) for row in rows):
         score = [row["score"] for row in rows if (row["policy"], row["beta"]) == (name, beta)]

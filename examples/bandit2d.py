@@ -132,15 +132,20 @@ class NoiseModel(nn.Module):
         return self.net(torch.cat([x, phase.sin(), phase.cos()], dim=-1))
 
 
+def draw(data, batch_size):
+    """Points of data [R, N, 2] drawn with replacement, for each distribution its own: [R, B, 2]."""
+    index = torch.randint(data.shape[1], (len(data), batch_size, 1))
+    return data.gather(1, index.expand(-1, -1, 2))
+
+
 def train_behavior(data, generators, steps, batch_size=256):
     """Noise prediction (Eq. 13) of all distributions at once, data [R, N, 2]; the learning rate on a cosine to 0."""
     eps_psi = NoiseModel(generators)
     optimizer = torch.optim.Adam(eps_psi.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in trange(steps, desc="behavior"):
-        index = torch.randint(data.shape[1], (len(data), batch_size, 1)).expand(-1, -1, 2)
-        a, t = data.gather(1, index), torch.empty(len(data), batch_size, 1).uniform_(0.001, 1)
-        eps = torch.randn_like(a)
+        a = draw(data, batch_size)
+        t, eps = torch.empty(*a.shape[:2], 1).uniform_(0.001, 1), torch.randn_like(a)
         alpha, sigma = alpha_sigma(t)
         loss = (eps_psi(alpha * a + sigma * eps, t) - eps).square().sum(-1).mean(-1).sum()
         optimizer.zero_grad()
@@ -275,9 +280,8 @@ def train_vae(data, generators, steps, batch_size=256):
     vae = VAE(generators)
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
     for _ in trange(steps, desc="VAE"):
-        index = torch.randint(data.shape[1], (len(data), batch_size, 1)).expand(-1, -1, 2)
         optimizer.zero_grad()
-        (-vae.elbo(data.gather(1, index)).mean(dim=1).sum()).backward()
+        (-vae.elbo(draw(data, batch_size)).mean(dim=1).sum()).backward()
         optimizer.step()
     return vae.requires_grad_(False)
 
