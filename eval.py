@@ -445,26 +445,25 @@ def make_table(folders):
 
     Of several betas, the one of highest mean score stands for SRPO, as in the paper.
     """
-    rows = []
-    for content in sorted(
-        (json.loads((folder / "eval.json").read_text()) for folder in folders), key=lambda c: c["env"]
-    ):
-        row = {"task": content["env"], "data": content["data_score"], "steps": content["steps"]}
+    rows, domains = [], {}
+    for folder in sorted(folders, key=lambda folder: folder.name):
+        content = json.loads((folder / "eval.json").read_text())
+        row = {"run": folder.name, "data": content["data_score"], "steps": content["steps"]}
         for best in sorted(content["summary"], key=lambda found: found["score_mean"]):
             row |= {best["policy"]: best["score_mean"], f"{best['policy']}_std": best["score_std"]}
             row |= {name: best[name] for name in ("beta", "seeds") if best["policy"] == "srpo"}
         rows.append(row)
-    for domain in dict.fromkeys(row["task"].partition("-")[0] for row in rows):
-        members = [row for row in rows if row["task"].partition("-")[0] == domain]
+        domains.setdefault(content["env"].partition("-")[0], []).append(row)
+    for domain, members in domains.items():
         names = [name for name in ("data", *POLICIES) if all(name in row for row in members)]
         means = {name: float(np.mean([row[name] for row in members])) for name in names}
-        rows.append({"task": f"{domain}: mean of {len(members)}", **means})
+        rows.append({"run": f"{domain}: mean of {len(members)}", **means})
     return rows
 
 
 def write_table(rows, path):
     """The rows as path.csv and, like a paper's, path.md, which is printed."""
-    names = ["task", "data", *POLICIES, "beta", "seeds", "steps"]
+    names = ["run", "data", *POLICIES, "beta", "seeds", "steps"]
 
     def cell(row, name):
         std = f" ± {row[f'{name}_std']:.1f}" if f"{name}_std" in row else ""

@@ -293,16 +293,16 @@ def write_scores(folder, env, data, **scores):
 
 
 def test_table_of_runs(tmp_path, capsys):
-    write_scores(tmp_path / "runs/b", "hopper-medium", 39.0, srpo_a=(0.05, 44.0, 2.0), srpo_b=(0.2, 50.0, 4.0))
+    write_scores(tmp_path / "runs/hopper-medium", "hopper-medium", 39.0, srpo_a=(0.05, 44.0, 2.0), srpo_b=(0.2, 50.0, 4.0))
     write_scores(
-        tmp_path / "runs/a",
+        tmp_path / "runs/antmaze-umaze",
         "antmaze-umaze",
         71.7,
         idql=(None, 80.0, 1.0),
         srpo=(0.02, 90.25, 3.0),
         behavior=(None, 60.0, 0.5),
     )
-    write_scores(tmp_path / "runs/c", "hopper-expert", 97.0, srpo=(0.01, 90.0, 1.0))
+    write_scores(tmp_path / "runs/another-name", "hopper-expert", 97.0, srpo=(0.01, 90.0, 1.0))
     (tmp_path / "runs/unfinished").mkdir()
     with pytest.raises(SystemExit) as e:
         run_here("eval.py", "--table", *sorted((tmp_path / "runs").iterdir()))
@@ -311,18 +311,18 @@ def test_table_of_runs(tmp_path, capsys):
     lines = (tmp_path / "runs/table.md").read_text().splitlines()
     assert all(line in out for line in lines) and "left out" in out and "unfinished" in out
     assert lines == [
-        "| task | data | behavior | idql | srpo | beta | seeds | steps |",
+        "| run | data | behavior | idql | srpo | beta | seeds | steps |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| another-name | 97.0 |  |  | 90.0 ± 1.0 | 0.01 | 3 | 9 |",
         "| antmaze-umaze | 71.7 | 60.0 ± 0.5 | 80.0 ± 1.0 | 90.2 ± 3.0 | 0.02 | 3 | 9 |",
-        "| hopper-expert | 97.0 |  |  | 90.0 ± 1.0 | 0.01 | 3 | 9 |",
         "| hopper-medium | 39.0 |  |  | 50.0 ± 4.0 | 0.2 | 3 | 9 |",
-        "| antmaze: mean of 1 | 71.7 | 60.0 | 80.0 | 90.2 |  |  |  |",
         "| hopper: mean of 2 | 68.0 |  |  | 70.0 |  |  |  |",
+        "| antmaze: mean of 1 | 71.7 | 60.0 | 80.0 | 90.2 |  |  |  |",
     ]
     with open(tmp_path / "runs/table.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["srpo"] for row in rows] == ["90.25", "90.0", "50.0", "90.25", "70.0"]
-    assert rows[2]["srpo_std"] == "4.0" and rows[2]["beta"] == "0.2" and rows[1]["idql"] == ""
+    assert [row["srpo"] for row in rows] == ["90.0", "90.25", "50.0", "70.0", "90.25"]
+    assert rows[2]["srpo_std"] == "4.0" and rows[2]["beta"] == "0.2" and rows[0]["idql"] == ""
 
 
 def test_bad_input_table_of_nothing(tmp_path):
