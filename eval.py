@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import warnings
 import zipfile
 import zlib
@@ -312,11 +313,22 @@ def evaluate(pool, make_act, policies, info, environment, seeds):
     return metrics | ({"eval/success": success} if info["maze"] else {})
 
 
+def start_worker(on_interrupt):
+    """In a worker: what Ctrl-C does, and it ends with the process that started it, even if that is killed."""
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    threading.Thread(target=follow, daemon=True).start()
+
+
 def start_workers(workers, on_interrupt):
     """Processes of one thread each, started when first used; on_interrupt: what they do at Ctrl-C."""
     os.environ["OMP_NUM_THREADS"] = "1"  # for their NumPy; this process has read it already
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, spawn, signal.signal, (signal.SIGINT, on_interrupt))
+    return ProcessPoolExecutor(workers, spawn, start_worker, (on_interrupt,))
 
 
 def read(path, remedy, device="cpu"):

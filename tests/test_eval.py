@@ -293,7 +293,9 @@ def write_scores(folder, env, data, **scores):
 
 
 def test_table_of_runs(tmp_path, capsys):
-    write_scores(tmp_path / "runs/hopper-medium", "hopper-medium", 39.0, srpo_a=(0.05, 44.0, 2.0), srpo_b=(0.2, 50.0, 4.0))
+    write_scores(
+        tmp_path / "runs/hopper-medium", "hopper-medium", 39.0, srpo_a=(0.05, 44.0, 2.0), srpo_b=(0.2, 50.0, 4.0)
+    )
     write_scores(
         tmp_path / "runs/antmaze-umaze",
         "antmaze-umaze",

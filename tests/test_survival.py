@@ -16,7 +16,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, create, prepared, random_episodes, run, run_here
+from conftest import ROOT, TINY, command, create, prepared, random_episodes, run, run_here
 from test_pipeline import STAGES, assert_same_run, lines, load, same, slowed, stage_flags
 
 import eval as srpo_eval
@@ -249,6 +249,17 @@ def test_bad_input_a_worker_that_dies_ends_the_run():
     assert "has died" in e.value.code and "--resume" in e.value.code and "\n" not in e.value.code
 
 
+def worker_of(process):
+    """The process id of its first worker, once it has one."""
+    while process.poll() is None:
+        listing = ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)]
+        children = subprocess.run(listing, capture_output=True, text=True).stdout.splitlines()
+        if workers := [line.split()[0] for line in children if "spawn_main" in line]:
+            return int(workers[0])
+        time.sleep(0.02)
+    raise AssertionError("it ended without a worker")
+
+
 def test_a_worker_killed_in_training_ends_it_and_resume_goes_on(trained, tmp_path):
     flags = [str(flag) for flag in stage_flags("actor", trained)]
     flags[flags.index("--eval-every") + 1] = "30"
@@ -257,15 +268,7 @@ def test_a_worker_killed_in_training_ends_it_and_resume_goes_on(trained, tmp_pat
     process = subprocess.Popen(
         command("srpo_actor.py", *flags, "--out-dir", "killed"), stderr=subprocess.PIPE, text=True
     )
-    worker = None
-    while worker is None:  # it starts with the first evaluation
-        assert process.poll() is None
-        children = subprocess.run(
-            ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
-        )
-        worker = next((line.split()[0] for line in children.stdout.splitlines() if "spawn_main" in line), None)
-        time.sleep(0.02)
-    os.kill(int(worker), signal.SIGKILL)
+    os.kill(worker_of(process), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in err
     assert err.splitlines()[-1].startswith("error: a process that evaluates has died: try fewer workers")
@@ -273,6 +276,15 @@ def test_a_worker_killed_in_training_ends_it_and_resume_goes_on(trained, tmp_pat
     assert load(folder / "actor.ckpt")["step"] == 28
     run_here("srpo_actor.py", *flags, "--out-dir", "killed", "--resume")
     assert_same_run(tmp_path / "whole" / FOLDER, folder, "actor")
+
+
+def test_workers_of_a_killed_process_end():
+    code = "import os, signal, time, eval; pool = eval.start_workers(1, signal.SIG_DFL)"
+    code += "; print(pool.submit(os.getpid).result(), flush=True); pool.submit(time.sleep, 1000).result()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
+    assert int(process.stdout.readline()) != process.pid
+    process.kill()
+    process.communicate(timeout=30)  # returns when nobody can write any more: the worker has inherited the pipe
 
 
 def test_ctrl_c_ends_an_evaluation(trained):
