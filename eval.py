@@ -382,7 +382,10 @@ def load_policy(path, replica=0):
 
 
 def trace(make_act, weights, info, seeds):
-    """A worker's job: one policy's ways through a maze, one per seed: the goal, the positions, and whether they met."""
+    """A worker's job: one policy's ways through a maze, one per seed: the goal, the positions, and whether they met.
+
+    Starts and goals are those of the scored episodes; a policy that samples draws other noise.
+    """
     torch.manual_seed(seeds[0])
     act, ways = make_act(weights, info), []
     for seed in seeds:
@@ -494,11 +497,13 @@ def write_table(rows, path):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.table:
-        if missing := [str(folder) for folder in args.table if not (folder / "eval.json").exists()]:
+        folders = [folder for folder in args.table if folder.is_dir()]  # runs/* may hold the last table
+        scored = [folder for folder in folders if (folder / "eval.json").exists()]
+        if missing := [str(folder) for folder in folders if folder not in scored]:
             print(f"left out, not scored by eval.py yet: {', '.join(missing)}")
-        scored = [folder for folder in args.table if str(folder) not in missing]
         if not scored:
             sys.exit("error: --table found no eval.json: name folders of runs that eval.py has scored, such as runs/*")
+        Path(args.out_dir).mkdir(parents=True, exist_ok=True)
         write_table(make_table(scored), Path(args.out_dir, "table"))
         sys.exit(0)
     if args.env is None:

@@ -8,6 +8,7 @@ time.png       score against the time of an action (Figure 1), where eval.py sco
 maze.png       ways through a maze
 """
 
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def plot_learning(folder, name):
     columns = min(3, len(panels))
     figure, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(3.4 * columns, 4.8), squeeze=False)
     for ax, (title, found) in zip(axes.flat, panels.items()):
-        for color, (beta, (steps, values)) in zip(COLORS, found.items()):
+        for color, (beta, (steps, values)) in zip(itertools.cycle(COLORS), found.items()):
             label = None if beta is None else f"beta {beta:g}"
             dot = "." if len(steps) < 30 else None
             ax.plot(steps, values.mean(axis=1), color=color, label=label, marker=dot, linewidth=1.2)
@@ -74,8 +75,7 @@ def plot_learning(folder, name):
         ax.remove()
     if any(beta is not None for found in panels.values() for beta in found):
         axes.flat[len(panels) - 1].legend(fontsize=8)
-    seeds = next(iter(next(iter(panels.values())).values()))[1].shape[1]
-    figure.suptitle(f"{name}: mean and range over {seeds} seed(s)")
+    figure.suptitle(f"{name}: mean and range over seeds")
     return figure
 
 

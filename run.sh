@@ -9,9 +9,9 @@ cd "$(dirname "$0")"
 if (($# == 0)); then
     python examples/collect_pointmaze.py
     set -- local/pointmaze-demo-v0
-    CRITIC="--steps 40000 --batch-size 128 --lr 1e-3 --tau 0.02" # few steps: let V's horizon grow fast
-    BEHAVIOR="--steps 6000 --batch-size 128"
-    ACTOR="--steps 8000 --batch-size 128 --beta 0.1 --eval-every 2000"
+    CRITIC="--steps 40000 --batch-size 128 --lr 1e-3 --tau 0.02 ${CRITIC:-}" # few steps: let V's horizon grow fast
+    BEHAVIOR="--steps 6000 --batch-size 128 ${BEHAVIOR:-}"
+    ACTOR="--steps 8000 --batch-size 128 --beta 0.1 --eval-every 2000 ${ACTOR:-}"
 fi
 
 env=${1#--env=} # as a sweep names it
@@ -32,8 +32,8 @@ python srpo_actor.py --env "$env" "$@" ${ACTOR:-}
 where=() # eval.py takes of the flags only those that say where the run is
 while (($#)); do
     case $1 in
-    --run-name | --out-dir) where+=("$1" "$2") ;;
-    --run-name=* | --out-dir=*) where+=("$1") ;;
+    --run[-_]name | --out[-_]dir) where+=("$1" "$2") ;;
+    --run[-_]name=* | --out[-_]dir=*) where+=("$1") ;;
     esac
     shift
 done

@@ -65,7 +65,7 @@ class Args:
     beta: tuple[float, ...] = ()
     """temperature of Eq. 15, or several: each trains its own policy (default: the paper's for the task)"""
     weight: str = "sigma2"
-    """w(t) of Eq. 15: sigma2, one, alpha_over_sigma; or t=T: the time fixed at T with weight alpha_T / sigma_T"""
+    """w(t) of Eq. 15: sigma2, one, alpha_over_sigma; or t=T: a single time T, weight alpha_T / sigma_T"""
     baseline: bool = True
     """subtract eps in Eq. 15, which leaves its mean alone"""
     q_grad_norm: Literal["none", "rms", "l2"] | None = None
@@ -197,7 +197,8 @@ def open_minari(ids, env):
     except (OSError, ValueError) as e:
         near = " or ".join(difflib.get_close_matches(env, [*TASKS, *minari.list_local_datasets()]))
         hint = "" if env in TASKS else f", or did you mean {near or 'a task of the paper'}?"
-        sys.exit(f"error: {str(e).partition('. ')[0]}: run `minari download {' '.join(ids)}`, or copy it there{hint}")
+        fetch = " && ".join(f"minari download {id}" for id in ids)
+        sys.exit(f"error: {str(e).partition('. ')[0]}: run `{fetch}`, or copy it there{hint}")
     spaces = sets[0].action_space, sets[0].observation_space
     for space in [spaces[0], *leaves(spaces[1])]:
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
@@ -689,6 +690,8 @@ def open_run(args, info):
     elif artifact.exists() and not checkpoint.exists():
         finished = read(artifact, "train again without --resume")
         refuse_changes(artifact, finished.get("args", {}), args)
+        if (steps := finished.get("args", {}).get("steps")) != args.steps:
+            sys.exit(f"error: {artifact} was trained for {steps} steps, not {args.steps}: train again without --resume")
         if any(finished.get(name) != value for name, value in info.items()):
             sys.exit(f"error: {artifact} was made with other data or artifacts: train again without --resume")
         print(f"{artifact} is finished, nothing to resume")
@@ -816,7 +819,7 @@ if __name__ == "__main__":
         fixed_t = 0
     t_range = (0.02, 0.98) if args.weight in WEIGHTS else (fixed_t, fixed_t)
     if not 0.001 <= t_range[0] < 1:
-        sys.exit(f"error: --weight {args.weight}: must be {', '.join(WEIGHTS)} or t=T with T from 0.001 to 1")
+        sys.exit(f"error: --weight {args.weight}: must be {', '.join(WEIGHTS)} or t=T with 0.001 <= T < 1")
     data, info = load_dataset(args.env, args.dataset, device)
     data = {"obs": data["obs"]}
     S, A = info["state_dim"], info["action_dim"]
@@ -895,18 +898,19 @@ if __name__ == "__main__":
                 metrics = dict(zip(METRICS, (window / (step % args.log_every or args.log_every)).tolist()))
                 check_finite(step, metrics, policy, replicas)
                 window.zero_()
-                speed = (step - bar.n) / (time.time() - clock)
+                speed, clock = (step - bar.n) / (time.time() - clock), time.time()
                 bar.set_postfix({name.split("/")[1]: f"{np.mean(x):.3g}" for name, x in metrics.items()}, refresh=False)
                 bar.update(step - bar.n)
                 metrics |= {"charts/SPS": speed, "charts/learning_rate": optimizer.param_groups[0]["lr"].item()}
             if args.eval_every and (step % args.eval_every == 0 or step == args.steps):
+                began = time.time()
                 policies = [policy_weights(policy.state_dict(), r) for r in range(len(replicas))]
                 result = evaluate(pool, make_act, policies, info, environment, range(args.eval_episodes))
                 metrics |= {name: x.mean(axis=-1).tolist() for name, x in result.items()}
                 bar.set_description(f"{STAGE}, score {np.mean(metrics['eval/score']):.1f}")
+                clock += time.time() - began  # charts/SPS is the training's speed
             if metrics:
                 logger.log(step, metrics)
-                clock = time.time()
             if step < args.steps and (step % args.checkpoint_every == 0 or stop):
                 check_finite(step, {}, policy, replicas)
                 save_checkpoint(checkpoint, args, info, step, policy, optimizer, window)

@@ -162,7 +162,8 @@ def open_minari(ids, env):
     except (OSError, ValueError) as e:
         near = " or ".join(difflib.get_close_matches(env, [*TASKS, *minari.list_local_datasets()]))
         hint = "" if env in TASKS else f", or did you mean {near or 'a task of the paper'}?"
-        sys.exit(f"error: {str(e).partition('. ')[0]}: run `minari download {' '.join(ids)}`, or copy it there{hint}")
+        fetch = " && ".join(f"minari download {id}" for id in ids)
+        sys.exit(f"error: {str(e).partition('. ')[0]}: run `{fetch}`, or copy it there{hint}")
     spaces = sets[0].action_space, sets[0].observation_space
     for space in [spaces[0], *leaves(spaces[1])]:
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
@@ -474,6 +475,8 @@ def open_run(args, info):
     elif artifact.exists() and not checkpoint.exists():
         finished = read(artifact, "train again without --resume")
         refuse_changes(artifact, finished.get("args", {}), args)
+        if (steps := finished.get("args", {}).get("steps")) != args.steps:
+            sys.exit(f"error: {artifact} was trained for {steps} steps, not {args.steps}: train again without --resume")
         if any(finished.get(name) != value for name, value in info.items()):
             sys.exit(f"error: {artifact} was made with other data or artifacts: train again without --resume")
         print(f"{artifact} is finished, nothing to resume")
@@ -605,11 +608,10 @@ if __name__ == "__main__":
                 metrics = dict(zip(METRICS, (window / (step % args.log_every or args.log_every)).tolist()))
                 check_finite(step, metrics, critic, replicas)
                 window.zero_()
-                speed = (step - bar.n) / (time.time() - clock)
+                speed, clock = (step - bar.n) / (time.time() - clock), time.time()
                 bar.set_postfix({name.split("/")[1]: f"{np.mean(x):.3g}" for name, x in metrics.items()}, refresh=False)
                 bar.update(step - bar.n)
                 logger.log(step, metrics | {"charts/SPS": speed, "charts/learning_rate": args.lr})
-                clock = time.time()
             if step < args.steps and (step % args.checkpoint_every == 0 or stop):
                 check_finite(step, {}, critic, replicas)
                 save_checkpoint(checkpoint, args, info, step, critic, optimizer, window)

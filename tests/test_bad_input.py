@@ -56,7 +56,7 @@ DATA = {
     "hopper-medium": "run `minari download mujoco/hopper/medium-v0`, or copy it there",  # there is none on this machine
     "hopper-expert": "run `minari download mujoco/hopper/expert-v0`, or copy it there",
     "walker2d-simple-v2": "run `minari download mujoco/walker2d/simple-v0`",
-    "hopper-medium-expert": "run `minari download mujoco/hopper/medium-v0 mujoco/hopper/expert-v0`",
+    "hopper-medium-expert": "run `minari download mujoco/hopper/medium-v0 && minari download mujoco/hopper/expert-v0`",
     "antmaze-large-play-v1": "or did you mean antmaze-large-play",
     "antmaze-large-play-v2": "run `minari download D4RL/antmaze/large-play-v1`",
     "hopper-medium-replay": "get D4RL's and name it in every stage, --dataset hopper_medium_replay-v2.hdf5",

@@ -54,27 +54,6 @@ def test_the_demo_s_data_have_the_layout_of_minaris_mazes(data_root):
     assert "is there already" in run("examples/collect_pointmaze.py", "--dataset", "test/collected-v0").stdout
 
 
-def test_run_sh_hands_the_flags_on(tmp_path):
-    """run.sh with a python that only writes down how it is called."""
-    fake = tmp_path / "bin" / "python"
-    fake.parent.mkdir()
-    fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
-    fake.chmod(0o755)
-    env = os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}", "ACTOR": "--beta 0.01 0.05"}
-    subprocess.run(
-        ["bash", ROOT / "run.sh", "hopper-medium", "--num-seeds", "6", "--out-dir", "x"], env=env, check=True
-    )
-    flags = "--env hopper-medium --num-seeds 6 --out-dir x"
-    assert (tmp_path / "calls").read_text().splitlines() == [
-        f"srpo_critic.py {flags}",
-        f"srpo_behavior.py {flags}",
-        f"srpo_actor.py {flags} --beta 0.01 0.05",
-        "eval.py --env hopper-medium --out-dir x",
-    ]
-    done = subprocess.run(["bash", ROOT / "run.sh", "--num-seeds", "6"], env=env, capture_output=True, text=True)
-    assert done.returncode != 0 and "first comes the task" in done.stderr
-
-
 def called(tmp_path, *command, **env):
     """The calls of python that a command makes, by a python that only writes them down; srun runs what it is given."""
     folder = tmp_path / "bin"
@@ -91,6 +70,18 @@ def called(tmp_path, *command, **env):
 
 def stage_calls(env, *flags):
     return [f"srpo_{stage}.py " + " ".join(("--env", env, *flags)) for stage in ("critic", "behavior", "actor")]
+
+
+def test_run_sh_hands_the_flags_on(tmp_path):
+    for out in ("--out-dir x", "--out_dir=x"):
+        flags = ("--num-seeds", "6", *out.split())
+        calls = called(tmp_path, "bash", "run.sh", "hopper-medium", *flags, ACTOR="--beta 0.01 0.05")
+        expected = stage_calls("hopper-medium", *flags)
+        assert calls == [*expected[:2], f"{expected[2]} --beta 0.01 0.05", f"eval.py --env hopper-medium {out}"]
+    demo = called(tmp_path, "bash", "run.sh", ACTOR="--beta 0.3")
+    assert demo[3].startswith("srpo_actor.py --env local/pointmaze-demo-v0") and demo[3].endswith("--beta 0.3")
+    done = subprocess.run(["bash", ROOT / "run.sh", "--num-seeds", "6"], capture_output=True, text=True)
+    assert done.returncode != 0 and "first comes the task" in done.stderr
 
 
 def test_the_sweep_is_table_1(tmp_path):

@@ -306,10 +306,13 @@ def test_table_of_runs(tmp_path, capsys):
     )
     write_scores(tmp_path / "runs/another-name", "hopper-expert", 97.0, srpo=(0.01, 90.0, 1.0))
     (tmp_path / "runs/unfinished").mkdir()
-    with pytest.raises(SystemExit) as e:
-        run_here("eval.py", "--table", *sorted((tmp_path / "runs").iterdir()))
-    assert e.value.code == 0
+    for out_dir in ("elsewhere", "runs", "runs"):  # the second table in runs finds the first one there
+        with pytest.raises(SystemExit) as e:
+            run_here("eval.py", "--out-dir", out_dir, "--table", *sorted((tmp_path / "runs").iterdir()))
+        assert e.value.code == 0
+    assert (tmp_path / "elsewhere/table.md").read_text() == (tmp_path / "runs/table.md").read_text()
     out = capsys.readouterr().out
+    assert all("table.md" not in line for line in out.splitlines() if "left out" in line)
     lines = (tmp_path / "runs/table.md").read_text().splitlines()
     assert all(line in out for line in lines) and "left out" in out and "unfinished" in out
     assert lines == [

@@ -214,6 +214,15 @@ def test_resume_of_a_finished_run_does_nothing(trained, capsys):
     assert (trained / "critic.pt").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_takes_no_shorter_run_for_finished(stage, trained):
+    flags = stage_flags(stage, trained)
+    run_here(f"srpo_{stage}.py", *flags)
+    with pytest.raises(SystemExit) as e:
+        run_here(f"srpo_{stage}.py", *flags, "--steps", 1000, "--resume")
+    assert e.value.code.startswith("error: ") and "not 1000" in e.value.code
+
+
 def test_resume_takes_no_earlier_run_for_its_own(trained, tmp_path):
     """A new run that is killed before its first checkpoint, into a folder that holds a finished one."""
     folder = tmp_path / "runs" / "test-pendulum-v0"
