@@ -301,11 +301,11 @@ def evaluate(pool, make_act, policies, info, environment, seeds):
     chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]
     plain = {name: x for name, x in info.items() if name != "weights"} | {"environment": environment}
     # (an artifact's tensors must not go between processes)
-    jobs = [pool.submit(run_chunk, make_act, policy, plain, chunk) for policy in policies for chunk in chunks]
     try:
+        jobs = [pool.submit(run_chunk, make_act, policy, plain, chunk) for policy in policies for chunk in chunks]
         result = np.concatenate([job.result() for job in jobs]).reshape(len(policies), len(seeds), 3)
     except (BrokenProcessPool, KeyboardInterrupt):
-        sys.exit("error: a process that evaluates has died: try fewer workers; a training goes on with --resume")
+        sys.exit("error: interrupted, or a process that evaluates has died (try fewer workers): --resume goes on")
     returns, success, length = np.moveaxis(result, -1, 0)
     low, high = info["reference"]
     score = 100 * ((success if info["maze"] else returns) - low) / (high - low)

@@ -455,7 +455,7 @@ def set_aside(path):
 def refuse_changes(path, then, args):
     """Exit with one line if an argument that matters is not what it was in the run that --resume goes on with."""
     for name, value in asdict(args).items():
-        if name not in MAY_CHANGE and then.get(name) != value:
+        if name not in MAY_CHANGE and not name.startswith("wandb_") and then.get(name) != value:
             was = f"{name} = {then.get(name)}, not {value}"
             sys.exit(f"error: {path} was written with {was}: give the same to resume it")
 

@@ -260,7 +260,7 @@ def test_resume_refuses_other_arguments_and_data(tmp_path):
     ):
         with pytest.raises(SystemExit, match=message):
             run_here("srpo_critic.py", *TINY, "--steps", 10, *flags, "--resume")
-    run_here("srpo_critic.py", *TINY, "--steps", 12, "--resume")  # more steps are fine
+    run_here("srpo_critic.py", *TINY, "--steps", 12, "--wandb-entity", "team", "--resume")  # more steps are fine
 
 
 def test_resume_refuses_other_frozen_networks(trained, tmp_path):
