@@ -134,6 +134,23 @@ def test_idql_takes_the_candidate_of_highest_q(float64):
     assert best[:, 1].min() > 0.1  # of 50 from N(0, 0.1)
 
 
+def test_policy_distance_of_a_known_policy(float64):
+    """Samples of N(s, 0.1), each action dimension around its state's; a policy half a unit beside it, Q = 2 a_0."""
+    from examples.policy_distance import compare
+
+    def behavior(a_t, s, t):
+        alpha, sigma = schedule(t)
+        return sigma * (a_t - alpha * s) / (alpha**2 * 0.01 + sigma**2)
+
+    behavior.last = types.SimpleNamespace(bias=torch.zeros(1, 1, 2))
+    s = torch.tensor([[0.1, -0.3], [-0.5, 0.3]]).repeat(1000, 1)
+    step = torch.tensor([0.5, 0.0])
+    row = compare(lambda s: s + step, behavior, lambda s, a: torch.stack([a[..., 0], 3 * a[..., 0]], 1), s, 32, 30)
+    largest = 2.0697  # expected maximum of 32 standard normals
+    expected = 0.125, 0.01 * 31 / 32, 2 * (-0.2 + 0.5), 2 * -0.2, 2 * (-0.2 + 0.1 * largest)
+    assert [float(x) for x in row] == pytest.approx(expected, abs=8e-3)
+
+
 @pytest.fixture(scope="module")
 def scored(trained):
     """What eval.py wrote of all policies."""
