@@ -4,11 +4,12 @@
 
 For each policy, over recorded states: its mean squared distance per action dimension (of [-1, 1]) from the mean of 32
 of the behaviour model's samples, and the samples' own; then the mean Q of the policy's actions, of the samples, and of
-the best sample of each state, which IDQL would take.
+the best sample of each state, which IDQL would take. With --episodes N, also what that mean scores as a policy.
 """
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import srpo_actor
-from eval import BehaviorModel, TwinQ, load_artifact, mlp, sample_actions, select
+from eval import BehaviorModel, TwinQ, flatten, load_artifact, make_env, mlp, rollout, sample_actions, select
 
 
 @dataclass
@@ -26,25 +27,44 @@ class Args:
     """folder of the run"""
     states: int = 300
     """number of recorded states"""
+    samples: int = 32
+    """actions per state"""
     sampler_steps: int = 10
-    """evaluations of the behaviour model per sample"""
+    """evaluations of the behaviour model per action"""
+    episodes: int = 0
+    """episodes in which the mean of the samples acts"""
 
 
-@torch.no_grad()
+def sample(behavior, s, samples, steps):
+    """Several of the behaviour model's actions in each of the states s [B, S]: [B, samples, A]."""
+    A = behavior.last.bias.shape[-1]
+    s = s.repeat_interleave(samples, dim=0)[None]
+    return sample_actions(behavior, s, torch.randn(1, s.shape[1], A), steps).clamp(-1, 1).view(-1, samples, A)
+
+
 def compare(policy, behavior, q_target, s, samples, steps):
     """Two distances and three Qs as above, for networks of one replica and states s [B, S]."""
-    A = behavior.last.bias.shape[-1]
-    many = s.repeat_interleave(samples, dim=0)[None]
-    a = sample_actions(behavior, many, torch.randn(1, len(s) * samples, A), steps).clamp(-1, 1)
-    q = q_target(many, a).mean(dim=1).view(-1, samples)
-    a, pi = a.view(-1, samples, A), policy(s[None])
-    center = a.mean(dim=1)
-    distances = (pi[0] - center).square().mean(), (a - center[:, None]).square().mean()
-    return *distances, q_target(s[None], pi).mean(), q.mean(), q.amax(dim=1).mean()
+    a, pi = sample(behavior, s, samples, steps), policy(s[None])[0]
+    q = q_target(s.repeat_interleave(samples, dim=0)[None], a.flatten(0, 1)[None]).mean(dim=1).view(-1, samples)
+    mean = a.mean(dim=1)
+    distances = (pi - mean).square().mean(), (a - mean[:, None]).square().mean()
+    return *distances, q_target(s[None], pi[None]).mean(), q.mean(), q.amax(dim=1).mean()
+
+
+def make_mean_act(behavior, info, samples, steps):
+    """The mean of the samples as a policy, act(obs [n, S]) -> [n, A] in the environment's units."""
+    low, high = torch.tensor(info["action_low"]), torch.tensor(info["action_high"])
+
+    def act(obs):
+        a = sample(behavior, torch.from_numpy(flatten(obs)), samples, steps).mean(dim=1)
+        return (low + (high - low) * (a + 1) / 2).numpy()
+
+    return act
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    torch.set_grad_enabled(False)
     remedy = "run `python srpo_actor.py`"
     artifact = load_artifact(args.run / "actor.pt", "actor", remedy)
     frozen = [
@@ -53,7 +73,10 @@ if __name__ == "__main__":
     ]
     data, info = srpo_actor.load_dataset(artifact["env"], artifact["args"]["dataset"], "cpu")
     S, A = info["state_dim"], info["action_dim"]
+    environment = info["environments"].get(artifact["args"]["eval_env"])
+    worst, best = info["reference"]
     print("  seed   beta  distance  samples'  Q: policy  samples     best")
+    behaviors = {}
     for r, (seed, beta) in enumerate(zip(artifact["seeds"], artifact["betas"])):
         torch.manual_seed(0)  # the same states and noise for all
         one = [torch.Generator()]
@@ -63,5 +86,11 @@ if __name__ == "__main__":
         for network, there, prefix in zip((behavior, q_target), frozen, ("", "q_target.")):
             network.load_state_dict(select(there["weights"], there["seeds"], [seed], prefix))
         s = data["obs"][torch.randint(len(data["obs"]), (args.states,))]
-        row = compare(policy, behavior, q_target, s, 32, args.sampler_steps)
+        row = compare(policy, behavior, q_target, s, args.samples, args.sampler_steps)
         print(f"{seed:6d} {beta:6g} {row[0]:9.3f} {row[1]:9.3f}" + "".join(f" {q:9.2f}" for q in row[2:]))
+        behaviors[seed] = behavior
+    for seed, behavior in behaviors.items() if args.episodes else ():
+        act = make_mean_act(behavior, info, args.samples, args.sampler_steps)
+        returns, success, _ = rollout(act, partial(make_env, environment), range(args.episodes), info["maze"]).T
+        score = 100 * ((success if info["maze"] else returns).mean() - worst) / (best - worst)
+        print(f"seed {seed}: the mean of {args.samples} samples as a policy has score {score:.1f}", flush=True)
