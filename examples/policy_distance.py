@@ -4,7 +4,8 @@
 
 For each policy, over recorded states: its mean squared distance per action dimension (of [-1, 1]) from the mean of 32
 of the behaviour model's samples, and the samples' own; then the mean Q of the policy's actions, of the samples, and of
-the best sample of each state, which IDQL would take. With --episodes N, also what that mean scores as a policy.
+the best sample of each state, which IDQL would take. With --episodes N, also what that mean scores as a policy. With
+--times T ..., what the score term of Eq. 15 is in that mean at each of these times: about 0, were the model exact.
 """
 
 import sys
@@ -13,12 +14,24 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import srpo_actor
-from eval import BehaviorModel, TwinQ, flatten, load_artifact, make_env, mlp, rollout, sample_actions, select
+from eval import (
+    BehaviorModel,
+    TwinQ,
+    alpha_sigma,
+    flatten,
+    load_artifact,
+    make_env,
+    mlp,
+    rollout,
+    sample_actions,
+    select,
+)
 
 
 @dataclass
@@ -33,6 +46,8 @@ class Args:
     """evaluations of the behaviour model per action"""
     episodes: int = 0
     """episodes in which the mean of the samples acts"""
+    times: tuple[float, ...] = ()
+    """diffusion times of the score term"""
 
 
 def sample(behavior, s, samples, steps):
@@ -49,6 +64,24 @@ def compare(policy, behavior, q_target, s, samples, steps):
     mean = a.mean(dim=1)
     distances = (pi - mean).square().mean(), (a - mean[:, None]).square().mean()
     return *distances, q_target(s[None], pi[None]).mean(), q.mean(), q.amax(dim=1).mean()
+
+
+def score_term(behavior, s, a, t, draws=256):
+    """E_eps[eps_psi(a_t | s, t) - eps] of Eq. 15 in actions a [B, A] of states s [B, S]: its rms, and by how much it
+    grows per unit of distance from a. If a is the mean of the data's actions, the first is an error, and error / slope
+    how far from them a policy comes to rest that this time alone holds."""
+    B, A = a.shape
+    s, eps = s.repeat_interleave(draws, dim=0)[None], torch.randn(1, B * draws, A)
+    t = torch.full((1, B * draws, 1), t)
+    alpha, sigma = alpha_sigma(t)
+
+    def term(a):
+        a_t = alpha * a.repeat_interleave(draws, dim=0) + sigma * eps
+        return (behavior(a_t, s, t) - eps).view(B, draws, A).mean(dim=1)
+
+    direction = F.normalize(torch.randn(B, A), dim=-1)
+    here, beside = term(a), term(a + 0.1 * direction)
+    return here.square().mean().sqrt(), ((beside - here) * direction).sum(dim=-1).mean() / 0.1
 
 
 def make_mean_act(behavior, info, samples, steps):
@@ -89,6 +122,13 @@ if __name__ == "__main__":
         row = compare(policy, behavior, q_target, s, args.samples, args.sampler_steps)
         print(f"{seed:6d} {beta:6g} {row[0]:9.3f} {row[1]:9.3f}" + "".join(f" {q:9.2f}" for q in row[2:]))
         behaviors[seed] = behavior
+    for seed, behavior in behaviors.items() if args.times else ():
+        print("  seed      t     error     slope  error / slope")
+        s = data["obs"][torch.randint(len(data["obs"]), (args.states,))]
+        a = sample(behavior, s, args.samples, args.sampler_steps).mean(dim=1)
+        for t in args.times:
+            error, slope = score_term(behavior, s, a, t)
+            print(f"{seed:6d} {t:6g} {error:9.3f} {slope:9.3f} {error / slope:14.3f}", flush=True)
     for seed, behavior in behaviors.items() if args.episodes else ():
         act = make_mean_act(behavior, info, args.samples, args.sampler_steps)
         returns, success, _ = rollout(act, partial(make_env, environment), range(args.episodes), info["maze"]).T

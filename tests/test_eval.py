@@ -151,6 +151,22 @@ def test_policy_distance_of_a_known_policy(float64):
     assert [float(x) for x in row] == pytest.approx(expected, abs=8e-3)
 
 
+def test_score_term_of_a_known_model(float64):
+    """N(s, 0.1) again, in actions 0.3 beside its mean: both by hand, where the noise has averaged out."""
+    from examples.policy_distance import score_term
+
+    def behavior(a_t, s, t):
+        alpha, sigma = schedule(t)
+        return sigma * (a_t - alpha * s) / (alpha**2 * 0.01 + sigma**2)
+
+    s = torch.rand(50, 2) - 0.5
+    for t in (0.1, 0.8):
+        alpha, sigma = (float(x) for x in schedule(torch.tensor(t)))
+        slope = sigma * alpha / (alpha**2 * 0.01 + sigma**2)
+        size, measured = score_term(behavior, s, s + torch.tensor([0.3, -0.3]), t, draws=2000)
+        assert (float(size), float(measured)) == pytest.approx((0.3 * slope, slope), rel=0.02)
+
+
 @pytest.fixture(scope="module")
 def scored(trained):
     """What eval.py wrote of all policies."""
