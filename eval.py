@@ -299,13 +299,12 @@ def evaluate(pool, make_act, policies, info, environment, seeds):
     Every worker gets ten episodes at a time, so that the number of workers changes nothing.
     """
     chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]
-    plain = {name: x for name, x in info.items() if name != "weights"} | {"environment": environment}
-    # (an artifact's tensors must not go between processes)
+    info = info | {"environment": environment}
     try:
-        jobs = [pool.submit(run_chunk, make_act, policy, plain, chunk) for policy in policies for chunk in chunks]
+        jobs = [pool.submit(run_chunk, make_act, policy, info, chunk) for policy in policies for chunk in chunks]
         result = np.concatenate([job.result() for job in jobs]).reshape(len(policies), len(seeds), 3)
     except (BrokenProcessPool, KeyboardInterrupt):
-        sys.exit("error: interrupted, or a process that evaluates has died (try fewer workers): --resume goes on")
+        sys.exit("error: interrupted, or a process that evaluates has died (too many workers?): training has --resume")
     returns, success, length = np.moveaxis(result, -1, 0)
     low, high = info["reference"]
     score = 100 * ((success if info["maze"] else returns) - low) / (high - low)
@@ -540,7 +539,8 @@ if __name__ == "__main__":
             make = partial(make_sampling_act, candidates=candidates, steps=args.sampler_steps)
             policies[name] = make, replicas
 
-    info = {name: x for name, x in artifact.items() if name != "weights"} | {"environment": environment}
+    info = {name: x for name, x in artifact.items() if name != "weights"}  # tensors must not go between processes
+    info |= {"environment": environment}
     device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
 
     where = environment["id"] + (f" ({args.eval_env})" if info["maze"] else "")

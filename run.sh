@@ -24,10 +24,16 @@ if [[ $env == *-medium-replay* && -n ${D4RL:-} ]]; then # Minari has none: D4RL 
     name=${env%-v2}
     set -- --dataset "$D4RL/${name//-/_}-v2.hdf5" "$@"
 fi
+stage() { # behind this shell, which passes SIGTERM on: W&B's agent sends it to nobody else
+    python "$@" <&0 &
+    wait $!
+}
+trap 'kill -INT $!; wait; exit 143' TERM # SIGINT, since Slurm has sent the stage a SIGTERM already
+trap 'wait; exit 130' INT                # Ctrl-C: the terminal has sent it to the stage too
 unset WANDB_RUN_ID WANDB_SWEEP_ID WANDB_SWEEP_PARAM_PATH # each replica is a W&B run of its own, also under an agent
-python srpo_critic.py --env "$env" "$@" ${CRITIC:-}
-python srpo_behavior.py --env "$env" "$@" ${BEHAVIOR:-}
-python srpo_actor.py --env "$env" "$@" ${ACTOR:-}
+stage srpo_critic.py --env "$env" "$@" ${CRITIC:-}
+stage srpo_behavior.py --env "$env" "$@" ${BEHAVIOR:-}
+stage srpo_actor.py --env "$env" "$@" ${ACTOR:-}
 
 where=() # eval.py takes of the flags only those that say where the run is
 while (($#)); do

@@ -581,13 +581,12 @@ def evaluate(pool, make_act, policies, info, environment, seeds):
     Every worker gets ten episodes at a time, so that the number of workers changes nothing.
     """
     chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]
-    plain = {name: x for name, x in info.items() if name != "weights"} | {"environment": environment}
-    # (an artifact's tensors must not go between processes)
+    info = info | {"environment": environment}
     try:
-        jobs = [pool.submit(run_chunk, make_act, policy, plain, chunk) for policy in policies for chunk in chunks]
+        jobs = [pool.submit(run_chunk, make_act, policy, info, chunk) for policy in policies for chunk in chunks]
         result = np.concatenate([job.result() for job in jobs]).reshape(len(policies), len(seeds), 3)
     except (BrokenProcessPool, KeyboardInterrupt):
-        sys.exit("error: interrupted, or a process that evaluates has died (try fewer workers): --resume goes on")
+        sys.exit("error: interrupted, or a process that evaluates has died (too many workers?): training has --resume")
     returns, success, length = np.moveaxis(result, -1, 0)
     low, high = info["reference"]
     score = 100 * ((success if info["maze"] else returns) - low) / (high - low)
@@ -872,6 +871,8 @@ if __name__ == "__main__":
     window = torch.zeros(len(METRICS), len(replicas), device=device)  # sums over the steps since the last log line
 
     folder = open_run(args, info)
+    for name in () if args.resume else ("eval.json", "latency.json", "trajectories.json"):
+        set_aside(folder / name)  # they tell of an earlier run's policies
     checkpoint = folder / f"{STAGE}.ckpt"
     start = 0
     if args.resume and checkpoint.exists():

@@ -4,7 +4,7 @@
 
 For each policy, over recorded states: its mean squared distance per action dimension (of [-1, 1]) from the mean of 32
 of the behaviour model's samples, and the samples' own; then the mean Q of the policy's actions, of the samples, and of
-the best sample of each state, which IDQL would take. With --episodes N, also what that mean scores as a policy. With
+the sample that IDQL would take. With --episodes N, also what that mean scores as a policy. With
 --times T ..., what the score term of Eq. 15 is in that mean at each of these times: about 0, were the model exact.
 """
 
@@ -24,6 +24,7 @@ from eval import (
     BehaviorModel,
     TwinQ,
     alpha_sigma,
+    checksum,
     flatten,
     load_artifact,
     make_env,
@@ -60,10 +61,11 @@ def sample(behavior, s, samples, steps):
 def compare(policy, behavior, q_target, s, samples, steps):
     """Two distances and three Qs as above, for networks of one replica and states s [B, S]."""
     a, pi = sample(behavior, s, samples, steps), policy(s[None])[0]
-    q = q_target(s.repeat_interleave(samples, dim=0)[None], a.flatten(0, 1)[None]).mean(dim=1).view(-1, samples)
+    q = q_target(s.repeat_interleave(samples, dim=0)[None], a.flatten(0, 1)[None])[0].view(2, -1, samples)
+    taken = q.amin(dim=0).argmax(dim=1, keepdim=True)  # as IDQL does, by the lesser of both heads
     mean = a.mean(dim=1)
     distances = (pi - mean).square().mean(), (a - mean[:, None]).square().mean()
-    return *distances, q_target(s[None], pi[None]).mean(), q.mean(), q.amax(dim=1).mean()
+    return *distances, q_target(s[None], pi[None]).mean(), q.mean(), q.mean(dim=0).gather(1, taken).mean()
 
 
 def score_term(behavior, s, a, t, draws=256):
@@ -99,16 +101,19 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     torch.set_grad_enabled(False)
     remedy = "run `python srpo_actor.py`"
-    artifact = load_artifact(args.run / "actor.pt", "actor", remedy)
-    frozen = [
-        load_artifact(artifact["args"][stage] or args.run / f"{stage}.pt", stage, remedy)
-        for stage in ("behavior", "critic")
-    ]
+    artifact, frozen = load_artifact(args.run / "actor.pt", "actor", remedy), []
+    for stage in ("behavior", "critic"):
+        path = artifact["args"][stage] or args.run / f"{stage}.pt"
+        frozen.append(load_artifact(path, stage, remedy))
+        if checksum(frozen[-1]["weights"]) != artifact["sources"][stage]:
+            sys.exit(f"error: {path} is not what the policy was trained on: {remedy} again")
     data, info = srpo_actor.load_dataset(artifact["env"], artifact["args"]["dataset"], "cpu")
+    if info["fingerprint"] != artifact["fingerprint"]:
+        sys.exit(f"error: {args.run / 'actor.pt'} was trained on other data: {remedy} again")
+    if args.episodes and not info["environments"]:
+        sys.exit(f"error: the data of {artifact['env']} name no environment: leave out --episodes")
     S, A = info["state_dim"], info["action_dim"]
-    environment = info["environments"].get(artifact["args"]["eval_env"])
-    worst, best = info["reference"]
-    print("  seed   beta  distance  samples'  Q: policy  samples     best")
+    print("  seed   beta  distance  samples'  Q: policy  samples   IDQL's")
     behaviors = {}
     for r, (seed, beta) in enumerate(zip(artifact["seeds"], artifact["betas"])):
         torch.manual_seed(0)  # the same states and noise for all
@@ -123,6 +128,7 @@ if __name__ == "__main__":
         print(f"{seed:6d} {beta:6g} {row[0]:9.3f} {row[1]:9.3f}" + "".join(f" {q:9.2f}" for q in row[2:]))
         behaviors[seed] = behavior
     for seed, behavior in behaviors.items() if args.times else ():
+        torch.manual_seed(0)
         print("  seed      t     error     slope  error / slope")
         s = data["obs"][torch.randint(len(data["obs"]), (args.states,))]
         a = sample(behavior, s, args.samples, args.sampler_steps).mean(dim=1)
@@ -131,6 +137,10 @@ if __name__ == "__main__":
             print(f"{seed:6d} {t:6g} {error:9.3f} {slope:9.3f} {error / slope:14.3f}", flush=True)
     for seed, behavior in behaviors.items() if args.episodes else ():
         act = make_mean_act(behavior, info, args.samples, args.sampler_steps)
-        returns, success, _ = rollout(act, partial(make_env, environment), range(args.episodes), info["maze"]).T
+        make = partial(make_env, info["environments"][artifact["args"]["eval_env"]])
+        test = range(1_000_000, 1_000_000 + args.episodes)  # eval.py's
+        torch.manual_seed(test.start)
+        returns, success, _ = rollout(act, make, test, info["maze"]).T
+        worst, best = info["reference"]
         score = 100 * ((success if info["maze"] else returns).mean() - worst) / (best - worst)
         print(f"seed {seed}: the mean of {args.samples} samples as a policy has score {score:.1f}", flush=True)

@@ -110,9 +110,16 @@ def test_the_slurm_array_is_table_1(tmp_path):
 
 def test_readme_s_commands_know_their_flags():
     """Every flag that README shows is one of the script's."""
-    text = (ROOT / "README.md").read_text()
-    calls = re.findall(r"python (srpo_\w+\.py|eval\.py)([^#`\n]*)", text)
-    assert len(calls) >= 4
+    blocks, prose = [], []
+    for i, part in enumerate((ROOT / "README.md").read_text().split("```")):
+        (blocks if i % 2 else prose).append(part)
+    spans = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    spans += [" ".join(span.split()) for part in prose for span in part.split("`")[1::2]]
+    calls = [match.groups() for span in spans for match in re.finditer(r"python (\S+\.py)([^#&]*)", span)]
+    for span in spans:
+        for stage, flags in re.findall(r'(CRITIC|BEHAVIOR|ACTOR|EVAL)="(.*?)"', span):
+            calls.append(("eval.py" if stage == "EVAL" else f"srpo_{stage.lower()}.py", flags))
+    assert {"plot.py", "eval.py", "srpo_behavior.py", "examples/value_order.py"} <= {script for script, _ in calls}
     for script, flags in calls:
         fields = re.findall(r"^    (\w+):", (ROOT / script).read_text(), flags=re.MULTILINE)
         for flag in re.findall(r"--([\w-]+)", flags):

@@ -135,7 +135,7 @@ def test_idql_takes_the_candidate_of_highest_q(float64):
 
 
 def test_policy_distance_of_a_known_policy(float64):
-    """Samples of N(s, 0.1), each action dimension around its state's; a policy half a unit beside it, Q = 2 a_0."""
+    """Samples of N(s, 0.1), a dimension around each of the state's; a policy beside it; Q's heads a_0 and 7 - a_1."""
     from examples.policy_distance import compare
 
     def behavior(a_t, s, t):
@@ -145,9 +145,9 @@ def test_policy_distance_of_a_known_policy(float64):
     behavior.last = types.SimpleNamespace(bias=torch.zeros(1, 1, 2))
     s = torch.tensor([[0.1, -0.3], [-0.5, 0.3]]).repeat(1000, 1)
     step = torch.tensor([0.5, 0.0])
-    row = compare(lambda s: s + step, behavior, lambda s, a: torch.stack([a[..., 0], 3 * a[..., 0]], 1), s, 32, 30)
-    largest = 2.0697  # expected maximum of 32 standard normals
-    expected = 0.125, 0.01 * 31 / 32, 2 * (-0.2 + 0.5), 2 * -0.2, 2 * (-0.2 + 0.1 * largest)
+    row = compare(lambda s: s + step, behavior, lambda s, a: torch.stack([a[..., 0], 7 - a[..., 1]], 1), s, 32, 30)
+    largest = 2.0697  # expected maximum of 32 standard normals; the first head, always the lesser, chooses
+    expected = 0.125, 0.01 * 31 / 32, 3.5 + 0.25 - 0.1, 3.5 - 0.1, 3.5 - 0.1 + 0.1 * largest / 2
     assert [float(x) for x in row] == pytest.approx(expected, abs=8e-3)
 
 
@@ -173,6 +173,33 @@ def scored(trained):
     flags = ("--env", "test/pendulum-v0", "--out-dir", trained.parent, "--episodes", 3, "--workers", 1)
     run_here("eval.py", *flags, "--policy", "srpo", "idql", "behavior", "--candidates", 4, "--sampler-steps", 3)
     return json.loads((trained / "eval.json").read_text())
+
+
+def test_policy_distance_of_a_run(scored, trained):
+    """The mean of one sample is the behaviour model: it scores what eval.py says."""
+    flags = (
+        "--run",
+        trained,
+        "--states",
+        4,
+        "--samples",
+        1,
+        "--sampler-steps",
+        3,
+        "--episodes",
+        3,
+        "--times",
+        0.2,
+        0.9,
+    )
+    out = run("examples/policy_distance.py", *flags).stdout
+    rows = [[float(x) for x in line.split()] for line in out.splitlines() if line.strip()[:1] in "01"]
+    assert [row[:2] for row in rows[:4]] == [[0, 0.1], [0, 0.5], [1, 0.1], [1, 0.5]]
+    assert all(row[3] == 0 and row[5] == row[6] for row in rows[:4])  # one sample: no spread, no choice
+    assert [row[:2] for row in rows[4:]] == [[0, 0.2], [0, 0.9], [1, 0.2], [1, 0.9]]
+    for row in scored["policies"]:
+        if row["policy"] == "behavior":
+            assert f"seed {row['seed']}: the mean of 1 samples as a policy has score {row['score']:.1f}" in out
 
 
 def test_all_policies_in_one_table(scored, trained, capsys):

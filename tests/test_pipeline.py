@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,6 +224,14 @@ def test_resume_takes_no_shorter_run_for_finished(stage, trained):
     assert e.value.code.startswith("error: ") and "not 1000" in e.value.code
 
 
+def test_new_policies_take_over_no_scores(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "runs" / trained.name)
+    (folder / "eval.json").write_text("of the old")
+    run_here("srpo_actor.py", *TINY, "--steps", 2, "--eval-every", 0, "--beta", 0.1)
+    (kept,) = folder.glob("eval*.json")
+    assert kept.name != "eval.json" and kept.read_text() == "of the old"
+
+
 def test_resume_takes_no_earlier_run_for_its_own(trained, tmp_path):
     """A new run that is killed before its first checkpoint, into a folder that holds a finished one."""
     folder = tmp_path / "runs" / "test-pendulum-v0"
@@ -358,7 +367,8 @@ def test_every_kind_of_data_goes_through_all_stages(kind, tmp_path):
 
 def test_scores_do_not_depend_on_the_number_of_workers(trained):
     artifact = load(trained / "actor.pt")
-    policies, results = [srpo_eval.policy_weights(artifact["weights"], r) for r in range(2)], []
+    weights, results = artifact.pop("weights"), []
+    policies = [srpo_eval.policy_weights(weights, r) for r in range(2)]
     for workers in (1, 2):
         with srpo_eval.start_workers(workers, signal.SIG_DFL) as pool:
             environment = artifact["environments"]["fixed"]

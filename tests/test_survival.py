@@ -4,6 +4,8 @@ import json
 import os
 import random
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,6 +238,29 @@ def test_a_diverged_run_stops_within_a_log_interval(stage, trained, tmp_path):
     assert all(np.isfinite(x).all() for line in lines(folder / f"{stage}.jsonl") for x in line.values())
 
 
+@pytest.mark.parametrize("whole_group", [False, True], ids=["as W&B's agent", "as Slurm"])
+def test_run_sh_hands_sigterm_to_its_stage(whole_group, tmp_path):
+    (tmp_path / "bin").mkdir()
+    slow = slowed("srpo_critic.py", *TINY, "--steps", 60, "--out-dir", tmp_path / "runs")
+    (tmp_path / "bin" / "python").write_text(f"#!/bin/sh\nexec {shlex.join(slow)}\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    process = subprocess.Popen(
+        ["bash", ROOT / "run.sh", "test/pendulum-v0"],
+        env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    folder = tmp_path / "runs" / FOLDER
+    while not ((folder / "critic.jsonl").exists() and lines(folder / "critic.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "the same command with --resume goes on" in err
+    assert 10 <= load(folder / "critic.ckpt")["step"] < 60
+
+
 # ---- processes that die
 
 
@@ -262,14 +287,16 @@ def test_bad_input_a_worker_that_died_before_ends_the_run():
 def worker_of(process):
     """The process id of its first worker, once it has one."""
     while process.poll() is None:
-        listing = ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)]
-        children = subprocess.run(listing, capture_output=True, text=True).stdout.splitlines()
-        if workers := [line.split()[0] for line in children if "spawn_main" in line]:
-            return int(workers[0])
+        listing = ["ps", "-A", "-ww", "-o", "ppid=", "-o", "pid=", "-o", "args="]
+        processes = subprocess.run(listing, capture_output=True, text=True).stdout.splitlines()
+        for parent, pid, args in (line.split(maxsplit=2) for line in processes):
+            if int(parent) == process.pid and "spawn_main" in args:
+                return int(pid)
         time.sleep(0.02)
     raise AssertionError("it ended without a worker")
 
 
+@pytest.mark.skipif(not shutil.which("ps"), reason="ps names the worker")
 def test_a_worker_killed_in_training_ends_it_and_resume_goes_on(trained, tmp_path):
     flags = [str(flag) for flag in stage_flags("actor", trained)]
     flags[flags.index("--eval-every") + 1] = "30"
