@@ -74,7 +74,8 @@ def plot_learning(folder, name):
     for ax in list(axes.flat)[len(panels) :]:
         ax.remove()
     if any(beta is not None for found in panels.values() for beta in found):
-        axes.flat[len(panels) - 1].legend(fontsize=8)
+        labels = axes.flat[len(panels) - 1].get_legend_handles_labels()
+        figure.legend(*labels, loc="outside lower center", ncols=6, fontsize=8)
     figure.suptitle(f"{name}: mean and range over seeds")
     return figure
 
