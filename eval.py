@@ -1,115 +1,103 @@
-"""Score saved policies: the last policy of every seed and beta, over episodes that training never saw.
+"""Score saved policies: the last policy of every seed and beta, over episodes that training did not use.
 
     python eval.py --env hopper-medium       # reads runs/hopper-medium/actor.pt, writes runs/hopper-medium/eval.json
     python eval.py --env hopper-medium --policy srpo idql behavior --latency --video
 
-Beside SRPO's policy, the diffusion policies that it replaces, from the same artifacts: behavior, one action sampled
-from the behaviour model, and idql (Hansen-Estruch et al., 2023), of several such actions the one of highest Q.
+Beside SRPO it scores the diffusion policies of the same artifacts: behavior, one action sampled from the behaviour
+model, and idql (Hansen-Estruch et al., 2023), the one of highest Q among several such actions.
 
-In your own code, from eval import load_policy; act = load_policy("runs/hopper-medium/actor.pt"); action = act(obs).
+In your own code: from eval import load_policy; act = load_policy("runs/hopper-medium/actor.pt"); action = act(obs).
 """
 
-import contextlib
-import csv
-import io
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-import warnings
+import tempfile
 import zipfile
 import zlib
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from gymnasium.vector.utils import batch_space, iterate
+from joblib import Parallel, delayed, parallel_config
+from minari.serialization import deserialize_space
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass
 class Args:
-    env: str | None = None
+    env: str
     """task that was trained"""
     run_name: str | None = None
     """read <out-dir>/<run-name>/actor.pt (default: the task's name)"""
     out_dir: str = "runs"
-    """where the runs are kept"""
+    """folder of all runs"""
     policy: tuple[Literal["srpo", "idql", "behavior"], ...] = ("srpo",)
     """which to score: SRPO's, IDQL on its critic and behaviour model, that behaviour model"""
-    candidates: int = 32
-    """actions that IDQL chooses from"""
+    candidates: tuple[int, ...] = (32,)
+    """actions that IDQL chooses from; several numbers score several policies"""
     sampler_steps: int = 15
     """evaluations of the behaviour model per sampled action"""
     episodes: int = 100
     """episodes per replica (0: none)"""
+    first_episode: int = 1_000_000
+    """seed of the first episode; the actor's own evaluations begin with 0"""
     workers: int = os.cpu_count()
     """processes that evaluate"""
     eval_env: Literal["fixed", "data"] | None = None
-    """mazes: from one start to one goal, or drawn as in the recording (default: as in the actor's training)"""
+    """in mazes: fixed start and goal, or random ones as in the data (default: as in the actor's training)"""
     latency: bool = False
-    """time an action of SRPO and of diffusion policies"""
+    """measure the time and FLOPs of an action"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """where --latency measures; episodes are always played on the CPU"""
     video: bool = False
     """record an episode of every policy as <run>/video/*.mp4"""
-    table: tuple[Path, ...] = ()
-    """instead of all this, gather these scored runs (runs/*) in <out-dir>/table.md and table.csv"""
 
 
-def flatten(obs):
-    """One float32 vector per observation; a dictionary's parts are joined in the order of their sorted keys."""
-    if isinstance(obs, dict):
-        return np.concatenate([flatten(obs[key]) for key in sorted(obs)], axis=-1)
-    return np.asarray(obs, np.float32)
-
-
-def reached(obs):
-    """Whether maze observations are at their goal, by the distance that the environments call success."""
-    return np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1) <= 0.45
+BETA_0, BETA_1 = 0.1, 20.0  # of the noise schedule
+CHAINS = {  # evaluations of the network per action and candidates, as in the papers or released code
+    "Diffusion-QL": (5, 50),
+    "IDQL, as released": (5, 64),
+    "SfBC": (15, 32),
+    "QGPO, guidance left out": (15, 1),
+}
 
 
 class Linear(nn.Module):
-    """R independent nn.Linear layers, x [R, B, n_in] -> [R, B, n_out], drawn as nn.Linear is, by own generators."""
+    """R independent nn.Linear layers with nn.Linear's initial distribution: x [R, B, n_in] -> [R, B, n_out]."""
 
-    def __init__(self, n_in, n_out, generators):
+    def __init__(self, n_in, n_out, R):
         super().__init__()
-        weight, bias = torch.empty(len(generators), n_out, n_in), torch.empty(len(generators), 1, n_out)
-        for r, generator in enumerate(generators):
-            weight[r].uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator)
-            bias[r].uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator)
-        self.weight, self.bias = nn.Parameter(weight.mT.contiguous()), nn.Parameter(bias)
+        bound = n_in**-0.5
+        self.weight = nn.Parameter(torch.empty(R, n_in, n_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(R, 1, n_out).uniform_(-bound, bound))
 
     def forward(self, x):
         return torch.baddbmm(self.bias, x, self.weight)
 
 
-def mlp(sizes, generators):
+def mlp(sizes, R):
     """R multilayer perceptrons with ReLU between their layers."""
-    layers = []
-    for n_in, n_out in zip(sizes, sizes[1:]):
-        layers += [Linear(n_in, n_out, generators), nn.ReLU(inplace=True)]
+    layers = [layer for m, n in zip(sizes, sizes[1:]) for layer in (Linear(m, n, R), nn.ReLU(inplace=True))]
     return nn.Sequential(*layers[:-1])
 
 
 class TwinQ(nn.Module):
     """Q1 and Q2 of R replicas, one network of 2R: s [R, B, S], a [R, B, A] -> [R, 2, B]."""
 
-    def __init__(self, state_dim, action_dim, generators):
+    def __init__(self, state_dim, action_dim, R):
         super().__init__()
-        self.net = mlp([action_dim + state_dim, 256, 256, 1], [g for g in generators for _ in range(2)])
+        self.net = mlp([action_dim + state_dim, 256, 256, 1], 2 * R)
 
     def forward(self, s, a):
         x = torch.cat([a, s], dim=-1).repeat_interleave(2, dim=0)  # [2R, B, A + S]
@@ -119,29 +107,34 @@ class TwinQ(nn.Module):
 class LayerNorm(nn.Module):
     """R independent nn.LayerNorm layers: x [R, B, n] -> [R, B, n]."""
 
-    def __init__(self, n, replicas):
+    def __init__(self, n, R):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(replicas, 1, n)), nn.Parameter(torch.zeros(replicas, 1, n))
+        self.weight, self.bias = nn.Parameter(torch.ones(R, 1, n)), nn.Parameter(torch.zeros(R, 1, n))
 
     def forward(self, x):
         return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:]), self.weight)
 
 
+def alpha_sigma(t):
+    """The VPSDE's noise schedule: a_t = alpha a + sigma eps."""
+    log_alpha = -(BETA_1 - BETA_0) / 4 * t**2 - BETA_0 / 2 * t
+    return log_alpha.exp(), (1 - torch.exp(2 * log_alpha)).sqrt()
+
+
 class BehaviorModel(nn.Module):
     """eps_psi(a_t | s, t), the noise in a_t: a_t [R, B, A], s [R, B, S], t [R, B, 1] -> [R, B, A]."""
 
-    def __init__(self, state_dim, action_dim, generators):
+    def __init__(self, state_dim, action_dim, R, predict):
         super().__init__()
-        W = torch.stack([torch.randn(1, 32, generator=generator) for generator in generators])
-        self.register_buffer("W", 30 * W)  # frequencies of time, never trained
-        self.time = nn.Sequential(Linear(64, 128, generators), nn.Mish(), Linear(128, 128, generators))
-        self.first = Linear(action_dim + state_dim + 128, 256, generators)
+        self.predict = predict
+        self.register_buffer("W", 30 * torch.randn(R, 1, 32))  # frequencies of time, never trained
+        self.time = nn.Sequential(Linear(64, 128, R), nn.Mish(), Linear(128, 128, R))
+        self.first = Linear(action_dim + state_dim + 128, 256, R)
         self.blocks = nn.ModuleList()
         for _ in range(3):
-            wide, back = Linear(256, 1024, generators), Linear(1024, 256, generators)
-            block = nn.Sequential(nn.Dropout(0.1), LayerNorm(256, len(generators)), wide, nn.Mish(), back)
-            self.blocks.append(block)  # x + block(x)
-        self.last = Linear(256, action_dim, generators)
+            layers = nn.Dropout(0.1), LayerNorm(256, R), Linear(256, 1024, R), nn.Mish(), Linear(1024, 256, R)
+            self.blocks.append(nn.Sequential(*layers))
+        self.last = Linear(256, action_dim, R)
 
     def forward(self, a_t, s, t):
         phase = 2 * torch.pi * self.W * t  # [R, B, 32]
@@ -149,16 +142,9 @@ class BehaviorModel(nn.Module):
         x = self.first(torch.cat([a_t, s, time], dim=-1))
         for block in self.blocks:
             x = x + block(x)
-        return self.last(F.mish(x))
-
-
-BETA_0, BETA_1 = 0.1, 20.0
-
-
-def alpha_sigma(t):
-    """The VPSDE's noise schedule: a_t = alpha a + sigma eps."""
-    log_alpha = -(BETA_1 - BETA_0) / 4 * t**2 - BETA_0 / 2 * t
-    return log_alpha.exp(), (1 - torch.exp(2 * log_alpha)).sqrt()
+        out = self.last(F.mish(x))
+        alpha, sigma = alpha_sigma(t)
+        return out if self.predict == "eps" else sigma * a_t + alpha * out  # eps = sigma a_t + alpha v
 
 
 def sample_actions(eps_psi, s, noise, steps):
@@ -182,26 +168,6 @@ def sample_actions(eps_psi, s, noise, steps):
     return a_t
 
 
-def make_act(weights, info):
-    """The policy in NumPy: act(obs) -> action in the environment's units, for one observation or a batch of them."""
-    low, high = np.float32(info["action_low"]), np.float32(info["action_high"])
-
-    def act(obs):
-        x = flatten(obs)
-        for weight, bias in weights[:-1]:
-            x = np.maximum(x @ weight + bias, 0)
-        weight, bias = weights[-1]
-        return low + (high - low) * (np.tanh(x @ weight + bias) + 1) / 2
-
-    return act
-
-
-def policy_weights(state_dict, replica):
-    """One replica's layers as NumPy arrays: list of (weight [n_in, n_out], bias [n_out])."""
-    tensors = [tensor[replica].cpu().numpy() for tensor in state_dict.values()]
-    return [(weight, bias[0]) for weight, bias in zip(tensors[::2], tensors[1::2])]
-
-
 def sample_best(behavior, q_target, s, candidates, steps):
     """For each of the states s [1, B, S] the action of highest Q (the lesser head's) among so many samples: [B, A]."""
     A = behavior.last.bias.shape[-1]
@@ -213,11 +179,23 @@ def sample_best(behavior, q_target, s, candidates, steps):
     return a.view(-1, candidates, A)[torch.arange(len(best)), best]
 
 
+def make_act(weights, info):
+    """The policy in NumPy: act(obs [..., S]) -> action [..., A]; weights: weight and bias of layer after layer."""
+    mean, std, low, high = (np.float32(info[name]) for name in ("obs_mean", "obs_std", "action_low", "action_high"))
+
+    def act(obs):
+        x = (np.asarray(obs, np.float32) - mean) / std
+        for weight, bias in zip(weights[:-2:2], weights[1:-2:2]):
+            x = np.maximum(x @ weight + bias[0], 0)
+        return low + (high - low) * (np.tanh(x @ weights[-2] + weights[-1][0]) + 1) / 2
+
+    return act
+
+
 def make_networks(weights, info):
     """One seed's behaviour model and target Qs, from their state dictionaries of arrays."""
-    networks = [
-        network(info["state_dim"], info["action_dim"], [torch.Generator()]) for network in (BehaviorModel, TwinQ)
-    ]
+    sizes = info["state_dim"], info["action_dim"], 1
+    networks = BehaviorModel(*sizes, info["predict"]), TwinQ(*sizes)
     for network, arrays in zip(networks, weights):
         network.load_state_dict({name: torch.from_numpy(x) for name, x in arrays.items()})
         network.requires_grad_(False).eval()  # no dropout
@@ -225,197 +203,139 @@ def make_networks(weights, info):
 
 
 def make_sampling_act(weights, info, candidates, steps):
-    """A diffusion policy, act(obs) -> action as in make_act: IDQL, or with one candidate the behaviour model."""
-    torch.set_num_threads(1)  # in a worker
+    """A diffusion policy, act(obs [B, S]) as in make_act: IDQL, or with one candidate the behaviour model."""
     behavior, q_target = make_networks(weights, info)
-    low, high = np.float32(info["action_low"]), np.float32(info["action_high"])
+    mean, std, low, high = (np.float32(info[name]) for name in ("obs_mean", "obs_std", "action_low", "action_high"))
 
     def act(obs):
-        a = sample_best(behavior, q_target, torch.from_numpy(flatten(obs))[None], candidates, steps)
-        return low + (high - low) * (a.numpy() + 1) / 2
+        s = torch.from_numpy((np.asarray(obs, np.float32) - mean) / std)[None]
+        return low + (high - low) * (sample_best(behavior, q_target, s, candidates, steps).numpy() + 1) / 2
 
     return act
 
 
 def make_env(environment):
-    """One of info's environments: its id with its own keyword arguments, never the bare id."""
-    mujoco.set_mju_user_warning(lambda message: None)  # silences "newer versions exist": the data need theirs
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
-        if environment["id"] not in gym.registry:
-            import gymnasium_robotics
+    """An environment by its id and keyword arguments alone, so that no code is run that a data set names."""
+    gym.logger.min_level = gym.logger.ERROR  # data need the version that they were recorded in, newer or not
+    if environment["id"] not in gym.registry:
+        import gymnasium_robotics
 
-            gym.register_envs(gymnasium_robotics)
-        limit = {"max_episode_steps": environment["max_episode_steps"]}
-        if environment["id"] not in gym.registry:  # gym.make would import what stands before a colon
-            raise gym.error.UnregisteredEnv(f"{environment['id']} is not registered")
-        env = gym.make(environment["id"], disable_env_checker=True, **limit, **environment["kwargs"])
-    mujoco.set_mju_user_warning(None)
-    return env
+        gym.register_envs(gymnasium_robotics)
+    if environment["id"] not in gym.registry:  # gym.make would import a module that stands before a colon
+        raise gym.error.UnregisteredEnv(f"{environment['id']} is not registered")
+    limit = {"max_episode_steps": environment["max_episode_steps"]}
+    with tempfile.TemporaryDirectory() as folder, mock.patch("tempfile.tempdir", folder):  # mazes leave files there
+        return gym.make(environment["id"], disable_env_checker=True, **limit, **environment["kwargs"])
 
 
-def check_env(environment, info):
-    """Exit with one line now, rather than with an error in the middle of things, if there is no such environment."""
-    try:
-        env = make_env(environment)
-    except (gym.error.Error, ImportError, TypeError) as e:
-        reason = str(e).splitlines()[0]
-        sys.exit(f"error: cannot make {environment['id']} ({reason}): install its package; to train, --eval-every 0")
-    there = gym.spaces.flatdim(env.observation_space), gym.spaces.flatdim(env.action_space)
-    if there != (info["state_dim"], info["action_dim"]):
-        here = f"{there} state and action dimensions, the data {info['state_dim'], info['action_dim']}"
-        sys.exit(f"error: {environment['id']} has {here}: record them with their environment; to train, --eval-every 0")
-    env.close()
-
-
-def rollout(act, make_env, seeds, maze=False):
-    """One episode per seed, in lockstep: act(obs [n, S]) -> [n, A]. In mazes success ends an episode.
-
-    Returns [n, 3]: return, success, length.
-    """
-    envs = [make_env() for _ in seeds]
+def rollout(make_act, weights, info, environment, seeds):
+    """A worker's job: one policy's episodes, one per seed, in lockstep. Returns [n, 3]: return, success, length."""
+    torch.manual_seed(seeds[0])  # for policies that sample
+    act, space = make_act(weights, info), deserialize_space(info["observation_space"])
+    envs = [make_env(environment) for _ in seeds]
     obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
     result, running = np.zeros((len(seeds), 3)), list(range(len(seeds)))
     while running:
-        for i, action in zip(list(running), act(np.stack([flatten(obs[i]) for i in running]))):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            success = maze and reached(obs[i])
+        actions = act(np.stack([gym.spaces.flatten(space, obs[i]) for i in running]))
+        for i, action in zip(list(running), actions):
+            obs[i], reward, terminated, truncated, outcome = envs[i].step(action)
+            success = info["maze"] and outcome["success"]  # ends the task
             result[i] += reward, success, 1
             if terminated or truncated or success:
                 running.remove(i)
-    for env in envs:
-        env.close()
     return result
 
 
-def run_chunk(make_act, weights, info, seeds):
-    """A worker's job: one policy's episodes of a few seeds."""
-    torch.manual_seed(seeds[0])  # for policies that sample
-    return rollout(make_act(weights, info), lambda: make_env(info["environment"]), seeds, info["maze"])
-
-
-def evaluate(pool, make_act, policies, info, environment, seeds):
-    """Metrics of policies, each the weights for make_act, over one episode per seed: name -> array [policies, seeds].
-
-    Every worker gets ten episodes at a time, so that the number of workers changes nothing.
-    """
-    chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]
-    info = info | {"environment": environment}
-    try:
-        jobs = [pool.submit(run_chunk, make_act, policy, info, chunk) for policy in policies for chunk in chunks]
-        result = np.concatenate([job.result() for job in jobs]).reshape(len(policies), len(seeds), 3)
-    except (BrokenProcessPool, KeyboardInterrupt):
-        sys.exit("error: interrupted, or a process that evaluates has died (too many workers?): training has --resume")
-    returns, success, length = np.moveaxis(result, -1, 0)
+def evaluate(make_act, policies, info, environment, seeds, workers):
+    """Means over one episode per seed: metric -> list of one value per policy, each the weights for make_act."""
+    chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]  # of a size that does not depend on the workers
+    jobs = [delayed(rollout)(make_act, weights, info, environment, chunk) for weights in policies for chunk in chunks]
+    with parallel_config("loky", inner_max_num_threads=1, idle_worker_timeout=20):
+        result = np.concatenate(Parallel(workers, max_nbytes=None)(jobs)).reshape(len(policies), len(seeds), 3)
+    returns, success, length = result.mean(axis=1).T
     low, high = info["reference"]
     score = 100 * ((success if info["maze"] else returns) - low) / (high - low)
     metrics = {"eval/score": score, "eval/return": returns, "eval/episode_length": length}
-    return metrics | ({"eval/success": success} if info["maze"] else {})
+    return {name: x.tolist() for name, x in (metrics | ({"eval/success": success} if info["maze"] else {})).items()}
 
 
-def start_worker(on_interrupt):
-    """In a worker: what Ctrl-C does, and it ends with the process that started it, even if that is killed."""
-
-    def follow():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, on_interrupt)
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def start_workers(workers, on_interrupt):
-    """Processes of one thread each, started when first used; on_interrupt: what they do at Ctrl-C."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # for their NumPy; this process has read it already
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, spawn, start_worker, (on_interrupt,))
-
-
-def read(path, remedy, device="cpu"):
-    """The dictionary that save wrote; exits with one line if the file is damaged or foreign, and runs no code of it."""
+def load(path, device="cpu"):
+    """An artifact or checkpoint. Exits with one line if the file is missing, damaged or foreign; runs no code in it."""
     try:
         if zipfile.ZipFile(path).testzip():
-            raise ValueError("checksum")  # torch.load itself compares none
-        content = torch.load(path, map_location=device, weights_only=True)
-        return dict(content)
-    except Exception as e:  # whatever such a file makes of them
-        sys.exit(f"error: {path} cannot be read, damaged or foreign ({type(e).__name__}): {remedy}")
+            raise ValueError("checksum")  # torch.load compares none
+        return dict(torch.load(path, map_location=device, weights_only=True))
+    except Exception as e:
+        sys.exit(f"error: {path} is missing, damaged or foreign ({type(e).__name__}): run the stage that writes it")
 
 
-def load_artifact(path, stage, remedy):
-    """A stage's artifact as a dictionary; exits with one line that names the remedy if path is not one."""
-    if not Path(path).exists():
-        sys.exit(f"error: {path} does not exist: {remedy} first")
-    artifact = read(path, f"{remedy} again")
-    found = artifact.get("stage"), artifact.get("format")
-    if found != (stage, 3):
-        sys.exit(f"error: {path} holds stage {found[0]}, format {found[1]}, not {stage}, format 3: {remedy}")
-    return artifact
-
-
-def select(weights, have, want, prefix=""):
-    """The wanted seeds' part of an artifact's weights, whose leading axis holds one network per seed, or two."""
-    index = [have.index(seed) for seed in want]
-    weights = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+def select(artifact, seeds, prefix=""):
+    """The networks of these seeds: the leading axis of an artifact's weights holds one per seed, or two."""
+    have = artifact["seeds"]
+    index = [have.index(seed) for seed in seeds]
+    weights = {name.removeprefix(prefix): x for name, x in artifact["weights"].items() if name.startswith(prefix)}
     return {name: x.view(len(have), -1, *x.shape[1:])[index].flatten(0, 1) for name, x in weights.items()}
 
 
-def checksum(weights):
-    """Of an artifact's weights, the same on every machine."""
-    crc = 0
-    for x in weights.values():
-        crc = zlib.crc32(x.numpy(), crc)
-    return crc
+def load_artifact(path, stage):
+    """A stage's artifact. Exits with one line if the file is another one."""
+    artifact = load(path)
+    if (artifact.get("stage"), artifact.get("format")) != (stage, 4):
+        sys.exit(f"error: {path} is no {stage} artifact of format 4: run srpo_{stage}.py again")
+    return artifact
 
 
 def load_policy(path, replica=0):
-    """A saved policy as act(obs) -> action on NumPy arrays, for one observation or a batch of them.
+    """A saved policy as act(obs) -> action, for one raw observation of the environment or a batch of them.
 
     replica: which of the artifact's seeds and betas, in the order of eval.py's table.
     Raises ValueError if there is no such artifact.
     """
     try:
-        artifact = load_artifact(path, "actor", "run srpo_actor.py")
+        artifact = load_artifact(path, "actor")
     except SystemExit as e:
-        raise ValueError(e.code) from None  # here it is the caller who decides
-    return make_act(policy_weights(artifact["weights"], replica), artifact)
+        raise ValueError(e.code) from None  # here the caller decides
+    policy = make_act([x[replica].numpy() for x in artifact["weights"].values()], artifact)
+    space = deserialize_space(artifact["observation_space"])
+
+    def act(obs):
+        part, leaf = space, obs
+        while isinstance(part, (gym.spaces.Dict, gym.spaces.Tuple)):  # down to its first array
+            key = next(iter(part.keys())) if isinstance(part, gym.spaces.Dict) else 0
+            part, leaf = part[key], leaf[key]
+        if np.ndim(leaf) == len(part.shape):
+            return policy(gym.spaces.flatten(space, obs))
+        return policy(np.stack([gym.spaces.flatten(space, x) for x in iterate(batch_space(space, len(leaf)), obs)]))
+
+    return act
 
 
-def trace(make_act, weights, info, seeds):
-    """A worker's job: one policy's ways through a maze, one per seed: the goal, the positions, and whether they met.
+def trace(make_act, weights, info, environment, seed):
+    """A worker's job: one policy's way through a maze, its goal and positions, and whether it arrives."""
+    seen = []
 
-    Starts and goals are those of the scored episodes; a policy that samples draws other noise.
-    """
-    torch.manual_seed(seeds[0])
-    act, ways = make_act(weights, info), []
-    for seed in seeds:
-        seen = []
+    def make_watched(weights, info):
+        act = make_act(weights, info)
+        return lambda obs: seen.append(obs[0, :4].round(2).tolist()) or act(obs)
 
-        def watched(obs, seen=seen):
-            seen.append(obs[0, :4].round(2).tolist())  # achieved and desired goal come first in the state
-            return act(obs)
-
-        ((_, success, _),) = rollout(watched, lambda: make_env(info["environment"]), [seed], maze=True)
-        ways.append({"goal": seen[0][2:], "way": [position[:2] for position in seen], "success": bool(success)})
-    return ways
+    ((_, success, _),) = rollout(make_watched, weights, info, environment, [seed])
+    # achieved and desired goal come first in the state
+    return {"goal": seen[0][2:], "way": [position[:2] for position in seen], "success": bool(success)}
 
 
-def record_video(make_act, weights, info, seed, folder, name):
+def record_video(make_act, weights, info, environment, seed, folder, name):
     """A worker's job: one episode as folder/name-episode-0.mp4."""
     os.environ.setdefault("MUJOCO_GL", "egl")  # needs no screen
-    sys.stderr = io.StringIO()  # libraries complain at length; what matters is raised
     torch.manual_seed(seed)
-    environment = info["environment"] | {"kwargs": info["environment"]["kwargs"] | {"render_mode": "rgb_array"}}
-    filmed = partial(gym.wrappers.RecordVideo, video_folder=folder, name_prefix=name, disable_logger=True)
-    rollout(make_act(weights, info), lambda: filmed(make_env(environment)), [seed], info["maze"])
-
-
-POLICIES = ("behavior", "idql", "srpo")
-CHAINS = {  # evaluations of the network per action and candidates, as in the papers or released code
-    "Diffusion-QL": (5, 50),
-    "IDQL, as released": (5, 64),
-    "SfBC": (15, 32),
-    "QGPO, guidance left out": (15, 1),
-}
+    env = make_env(environment | {"kwargs": environment["kwargs"] | {"render_mode": "rgb_array"}})
+    env = gym.wrappers.RecordVideo(env, folder, name_prefix=name, disable_logger=True)
+    act, space = make_act(weights, info), deserialize_space(info["observation_space"])
+    (obs, _), done = env.reset(seed=seed), False
+    while not done:
+        (action,) = act(gym.spaces.flatten(space, obs)[None])
+        obs, _, terminated, truncated, outcome = env.step(action)
+        done = terminated or truncated or info["maze"] and outcome["success"]
+    env.close()
 
 
 def measure_latency(policy, act, behavior, q_target, candidates, steps):
@@ -425,22 +345,22 @@ def measure_latency(policy, act, behavior, q_target, candidates, steps):
     """
     weight = policy[0].weight
     states = [torch.randn(1, batch, weight.shape[1], device=weight.device) for batch in (1, 20)]
-    calls = {
-        "srpo": (None, None, policy),
-        "srpo, act(obs) in NumPy": (None, None, lambda s: act(s[0].numpy(force=True))),
-    }
-    for name, (k, n) in ({"idql": (steps, candidates), "behavior": (steps, 1)} | CHAINS).items():
-        calls[name] = k, n, partial(sample_best, behavior, q_target, candidates=n, steps=k)
-    rows = []
-    for name, (k, n, call) in calls.items():
+    rows = [
+        ("srpo", None, None, policy),
+        ("srpo, act(obs) in NumPy", None, None, lambda s: act(s[0].numpy(force=True))),
+    ]
+    chains = [("idql", (steps, n)) for n in candidates] + [("behavior", (steps, 1)), *CHAINS.items()]
+    rows += [(name, k, n, partial(sample_best, behavior, q_target, candidates=n, steps=k)) for name, (k, n) in chains]
+    result = []
+    for name, k, n, call in rows:
         row = {"policy": name, "steps": k, "candidates": n}
         for s in states:
             timer = Timer("call(s)", globals={"call": call, "s": s}, num_threads=torch.get_num_threads())
             row[f"us_batch_{s.shape[1]}"] = timer.blocked_autorange(min_run_time=0.3).median * 1e6 / s.shape[1]
         with FlopCounterMode(display=False) as counter:
             (policy if k is None else call)(states[0])
-        rows.append(row | {"flops": counter.get_total_flops()})
-    return rows
+        result.append(row | {"flops": counter.get_total_flops()})
+    return result
 
 
 def print_latency(rows, device):
@@ -454,160 +374,105 @@ def print_latency(rows, device):
         print(line)
 
 
-def make_table(folders):
-    """Rows like those of the paper's Table 1: one per scored run, then the mean per domain.
-
-    Of several betas, the one of highest mean score stands for SRPO, as in the paper.
-    """
-    rows, domains = [], {}
-    for folder in sorted(folders, key=lambda folder: folder.name):
-        content = json.loads((folder / "eval.json").read_text())
-        row = {"run": folder.name, "data": content["data_score"], "steps": content["steps"]}
-        for best in sorted(content["summary"], key=lambda found: found["score_mean"]):
-            row |= {best["policy"]: best["score_mean"], f"{best['policy']}_std": best["score_std"]}
-            row |= {name: best[name] for name in ("beta", "seeds") if best["policy"] == "srpo"}
-        rows.append(row)
-        domains.setdefault(content["env"].partition("-")[0], []).append(row)
-    for domain, members in domains.items():
-        names = [name for name in ("data", *POLICIES) if all(name in row for row in members)]
-        means = {name: float(np.mean([row[name] for row in members])) for name in names}
-        rows.append({"run": f"{domain}: mean of {len(members)}", **means})
-    return rows
-
-
-def write_table(rows, path):
-    """The rows as path.csv and, like a paper's, path.md, which is printed."""
-    names = ["run", "data", *POLICIES, "beta", "seeds", "steps"]
-
-    def cell(row, name):
-        std = f" ± {row[f'{name}_std']:.1f}" if f"{name}_std" in row else ""
-        return f"{row[name]:.1f}{std}" if name in ("data", *POLICIES) and name in row else str(row.get(name, ""))
-
-    lines = ["| " + " | ".join(line) + " |" for line in [names, ["---"] * len(names)]]
-    lines += ["| " + " | ".join(cell(row, name) for name in names) + " |" for row in rows]
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    with open(path.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, names + [f"{name}_std" for name in POLICIES])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(*lines, f"saved {path}.md and {path}.csv", sep="\n")
-
-
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    if args.table:
-        folders = [folder for folder in args.table if folder.is_dir()]  # runs/* may hold the last table
-        scored = [folder for folder in folders if (folder / "eval.json").exists()]
-        if missing := [str(folder) for folder in folders if folder not in scored]:
-            print(f"left out, not scored by eval.py yet: {', '.join(missing)}")
-        if not scored:
-            sys.exit("error: --table found no eval.json: name folders of runs that eval.py has scored, such as runs/*")
-        Path(args.out_dir).mkdir(parents=True, exist_ok=True)
-        write_table(make_table(scored), Path(args.out_dir, "table"))
-        sys.exit(0)
-    if args.env is None:
-        sys.exit("error: --env is missing: name the task that was trained")
-    for name, least in {"episodes": 0, "workers": 1, "candidates": 1, "sampler_steps": 1}.items():
-        if getattr(args, name) < least:
+    for name, least in {"episodes": 0, "workers": 1, "sampler_steps": 1, "candidates": 1}.items():
+        if np.min(getattr(args, name)) < least:
             sys.exit(f"error: --{name.replace('_', '-')} {getattr(args, name)}: must be {least} or more")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
-    name = args.run_name or args.env.replace("/", "-")
-    folders = [Path(args.out_dir, name), Path(args.out_dir, name.removesuffix("-v2"))]  # as the stages name it
-    folder = next((folder for folder in folders if folder.exists()), folders[0])
-    artifact = load_artifact(folder / "actor.pt", "actor", f"run `python srpo_actor.py --env {args.env}`")
-    if not artifact["environments"]:
-        sys.exit(f"error: the data of {args.env} name no environment to evaluate in: record them with one")
+    device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
+    folder = Path(args.out_dir, args.run_name or args.env.replace("/", "-"))
+    artifact = load_artifact(folder / "actor.pt", "actor")
+    if artifact["environments"] is None:
+        sys.exit(f"error: the data of {args.env} name no environment to evaluate in")
     args.eval_env = args.eval_env or artifact["args"]["eval_env"]
     environment = artifact["environments"][args.eval_env]
-    check_env(environment, artifact)
+    try:
+        make_env(environment)
+    except Exception as e:
+        sys.exit(f"error: cannot make {environment['id']} ({e!r:.300}): install its package")
 
     seeds, betas = artifact["seeds"], artifact["betas"]
-    weights = [policy_weights(artifact["weights"], r) for r in range(len(seeds))]
-    policies = {"srpo": (make_act, list(zip(seeds, betas, weights)))}
+    weights = [[x[r].numpy() for x in artifact["weights"].values()] for r in range(len(seeds))]
+    info = {name: x for name, x in artifact.items() if name != "weights"}
+    policies = [("srpo", None, make_act, list(zip(seeds, betas, weights)))]  # name, candidates, make_act, replicas
     if args.latency or set(args.policy) != {"srpo"}:
         frozen, unique = [], list(dict.fromkeys(seeds))  # one behaviour model and one pair of target Qs per seed
         for stage, prefix in ("behavior", ""), ("critic", "q_target."):
             path = artifact["args"][stage] or folder / f"{stage}.pt"
-            there = load_artifact(path, stage, f"run `python srpo_{stage}.py --env {args.env}`")
-            if checksum(there["weights"]) != artifact["sources"][stage]:
+            there = load_artifact(path, stage)
+            if zlib.crc32(b"".join(x.numpy().tobytes() for x in there["weights"].values())) != info["sources"][stage]:
                 sys.exit(f"error: {path} is not what the policy was trained on: run `python srpo_actor.py` again")
-            networks = [select(there["weights"], there["seeds"], [seed], prefix) for seed in unique]
-            frozen.append([{name: x.numpy() for name, x in network.items()} for network in networks])
+            info |= {"predict": there["args"]["predict"]} if stage == "behavior" else {}
+            frozen.append([{k: x.numpy() for k, x in select(there, [seed], prefix).items()} for seed in unique])
         replicas = [(seed, None, networks) for seed, networks in zip(unique, zip(*frozen))]
-        for name, candidates in ("idql", args.candidates), ("behavior", 1):
-            make = partial(make_sampling_act, candidates=candidates, steps=args.sampler_steps)
-            policies[name] = make, replicas
+        for name, n in [("idql", n) for n in args.candidates] + [("behavior", 1)]:
+            make = partial(make_sampling_act, candidates=n, steps=args.sampler_steps)
+            policies.append((name, n, make, replicas))
+    policies = [row for name in args.policy for row in policies if row[0] == name]
 
-    info = {name: x for name, x in artifact.items() if name != "weights"}  # tensors must not go between processes
-    info |= {"environment": environment}
-    device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
+    low, high = info["reference"]
+    print(f"{info['env']}, {args.episodes} episodes per policy in {environment['id']}, {args.eval_env};", end=" ")
+    print(f"the score of the data is {100 * (info['data_outcome'] - low) / (high - low):.1f}")
+    test = range(args.first_episode, args.first_episode + args.episodes)
+    rows, ways, summary = [], [], []
+    for name, candidates, make, replicas in policies if test else ():
+        result = evaluate(make, [one for *_, one in replicas], info, environment, test, args.workers)
+        if not rows:
+            print(
+                " ".join(
+                    f"{x:>14}" for x in ("policy", "candidates", "seed", "beta", *(metric[5:] for metric in result))
+                )
+            )
+        for r, (seed, beta, one) in enumerate(replicas):
+            row = {"policy": name, "candidates": candidates, "seed": seed, "beta": beta}
+            print(
+                *(f"{'-' if x is None else x:>14}" for x in row.values()), *(f"{x[r]:14.2f}" for x in result.values())
+            )
+            rows.append(row | {metric.split("/")[1]: x[r] for metric, x in result.items()})
+            ways += [(row, delayed(trace)(make, one, info, environment, seed)) for seed in test[:5] if info["maze"]]
+    for name, candidates, beta in dict.fromkeys((x["policy"], x["candidates"], x["beta"]) for x in rows):
+        one = [x["score"] for x in rows if (x["policy"], x["candidates"], x["beta"]) == (name, candidates, beta)]
+        summary.append({"policy": name, "candidates": candidates, "beta": beta, "score_mean": np.mean(one)})
+        summary[-1] |= {"score_std": np.std(one), "seeds": len(one)}
+        label = name + (f", beta {beta:g}" if beta else f", {candidates} candidate(s)")
+        print(f"{label}: score {np.mean(one):.1f} +- {np.std(one):.1f} (mean +- std over {len(one)} seed(s))")
 
-    where = environment["id"] + (f" ({args.eval_env})" if info["maze"] else "")
-    where += f"; the data's own score: {info['data_score']:.1f}"
-    if args.episodes:
-        print(f"{info['env']}, {args.episodes} episodes per policy in {where}")
-    test = range(1_000_000, 1_000_000 + args.episodes)  # seeds far from those watched in training
-    rows, ways = [], []
-    with start_workers(args.workers, signal.SIG_DFL) as pool:
-        for name in args.policy if test else ():
-            make, replicas = policies[name]
-            result = evaluate(pool, make, [one for *_, one in replicas], info, environment, test)
-            table = {metric.split("/")[1]: x.mean(axis=-1) for metric, x in result.items()}
-            if not rows:
-                print(" ".join(f"{column:>14}" for column in ("policy", "seed", "beta", *table)))
-            traces = [pool.submit(trace, make, one, info, test[:5]) for *_, one in replicas if info["maze"]]
-            for r, (seed, beta, _) in enumerate(replicas):
-                row = {metric: float(column[r]) for metric, column in table.items()}
-                print(f"{name:>14} {seed:14d} {beta or '-':>14} " + " ".join(f"{x:14.2f}" for x in row.values()))
-                rows.append({"policy": name, "seed": seed, "beta": beta, **row})
-            for (seed, beta, _), job in zip(replicas, traces):
-                ways += [{"policy": name, "seed": seed, "beta": beta, **episode} for episode in job.result()]
-    summary = []
-    for name, beta in dict.fromkeys((row["policy"], row["beta"]) for row in rows):
-        score = [row["score"] for row in rows if (row["policy"], row["beta"]) == (name, beta)]
-        summary.append({"policy": name, "beta": beta, "score_mean": np.mean(score), "score_std": np.std(score)})
-        summary[-1]["seeds"] = len(score)
-        label = name if beta is None else f"{name}, beta {beta:g}"
-        print(f"{label}: score {np.mean(score):.1f} +- {np.std(score):.1f} (mean +- std over {len(score)} seed(s))")
-
+    contents = {}
     if rows:
-        content = {name: info[name] for name in ("env", "data_score")} | {"steps": info["args"]["steps"]}
-        content |= {name: getattr(args, name) for name in ("episodes", "eval_env", "candidates", "sampler_steps")}
-        (folder / "eval.json").write_text(json.dumps(content | {"policies": rows, "summary": summary}, indent=1) + "\n")
-        print(f"saved {folder / 'eval.json'}")
+        contents["eval"] = {"env": info["env"], "data_score": 100 * (info["data_outcome"] - low) / (high - low)}
+        contents["eval"] |= {"steps": info["args"]["steps"], "episodes": args.episodes, "eval_env": args.eval_env}
+        contents["eval"] |= {"sampler_steps": args.sampler_steps, "policies": rows, "summary": summary}
     if ways:
+        traces = Parallel(args.workers, max_nbytes=None)(job for _, job in ways)
         maze = make_env(environment).unwrapped.maze
-        cells = np.argwhere([[cell == 1 for cell in row] for row in maze.maze_map])
-        walls = [maze.cell_rowcol_to_xy(cell).tolist() for cell in cells]
-        content = {"cell": maze.maze_size_scaling, "walls": walls, "ways": ways}
-        (folder / "trajectories.json").write_text(json.dumps(content) + "\n")
-        print(f"saved {folder / 'trajectories.json'}")
-
+        walls = np.argwhere([[cell == 1 for cell in row] for row in maze.maze_map])
+        contents["trajectories"] = {"cell": maze.maze_size_scaling}
+        contents["trajectories"] |= {"walls": [maze.cell_rowcol_to_xy(cell).tolist() for cell in walls]}
+        contents["trajectories"] |= {"ways": [row | way for (row, _), way in zip(ways, traces)]}
     if args.latency:
-        behavior, q_target = (network.to(device) for network in make_networks(policies["behavior"][1][0][-1], info))
-        policy = mlp([info["state_dim"]] + [256] * info["hidden_layers"] + [info["action_dim"]], [torch.Generator()])
-        policy.append(nn.Tanh()).to(device).requires_grad_(False)  # its weights do not matter here
+        behavior, q_target = (network.to(device) for network in make_networks(list(zip(*frozen))[0], info))
+        sizes = [info["state_dim"]] + [256] * info["hidden_layers"] + [info["action_dim"]]
+        policy = mlp(sizes, 1).append(nn.Tanh()).to(device).requires_grad_(False)  # its weights do not matter here
         act = make_act(weights[0], info)
         table = measure_latency(policy, act, behavior, q_target, args.candidates, args.sampler_steps)
-        where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         print_latency(table, where)
-        content = {"env": info["env"], "device": where, "torch": torch.__version__, "rows": table}
-        (folder / "latency.json").write_text(json.dumps(content, indent=1) + "\n")
-        print(f"saved {folder / 'latency.json'}")
+        contents["latency"] = {"env": info["env"], "device": where, "torch": torch.__version__, "rows": table}
+    for name, content in contents.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        print(f"saved {folder / name}.json")
 
     if args.video:
-        jobs, path = [], str(folder / "video")
+        jobs = []
+        for name, candidates, make, replicas in policies:
+            for seed, beta, one in replicas:
+                label = f"{name}-seed{seed}-" + (f"{candidates}-candidates" if beta is None else f"beta{beta:g}")
+                jobs.append(delayed(record_video)(make, one, info, environment, test.start, folder / "video", label))
         try:
-            with start_workers(args.workers, signal.SIG_DFL) as pool:
-                for name in args.policy:
-                    make, replicas = policies[name]
-                    for seed, beta, one in replicas:
-                        label = f"{name}-seed{seed}" + ("" if beta is None else f"-beta{beta:g}")
-                        jobs.append(pool.submit(record_video, make, one, info, test.start, path, label))
-                for job in jobs:
-                    job.result()
-        except Exception as e:  # whatever a missing library makes of rendering
+            Parallel(args.workers, max_nbytes=None)(jobs)
+        except Exception as e:
             reason = f"{type(e).__name__}: {e}".splitlines()[0]
             sys.exit(f"error: cannot render ({reason}): install EGL, on Debian `apt install libegl1 libgl1-mesa-dri`")
-        print(f"saved {path}/*.mp4")
+        print(f"saved {folder / 'video'}/*.mp4")

@@ -1,69 +1,71 @@
 """Stage 2 of SRPO: a diffusion model of the behaviour policy.
 
-A continuous-time diffusion model mu(a | s) of the logged actions (Score Regularized Policy Optimization, Chen et al.,
-ICLR 2024): eps_psi(a_t | s, t) learns to name the noise that a_t = alpha a + sigma eps holds (Eq. 13), which makes
--eps_psi / sigma the score of the diffused behaviour. SRPO uses that score and never samples from the model.
+As in Score Regularized Policy Optimization (Chen et al., ICLR 2024), eps_psi(a_t | s, t) predicts the noise eps in
+a_t = alpha a + sigma eps (Eq. 13). Then -eps_psi / sigma is the score of the diffused behaviour, which stage 3 uses.
+All seeds train at once, each on its own minibatches: every tensor of the networks has a leading replica axis R.
 
-    python srpo_behavior.py --env hopper-medium --num-seeds 6    # -> runs/hopper-medium/behavior.pt
-
-Every tensor of the networks has a leading replica axis R: all seeds train at once, each on its own minibatches.
+    python srpo_behavior.py --env hopper-medium --num-seeds 6    # writes runs/hopper-medium/behavior.pt
 """
 
-import ctypes
-import difflib
-import itertools
 import json
 import os
 import re
-import signal
 import sys
 import time
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import gymnasium as gym
-import h5py
 import minari
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from minari.storage import get_dataset_path
+import wandb
+from gymnasium.vector.utils import batch_space, iterate
+from minari.serialization import serialize_space
+from minari.storage import get_dataset_path, hosting
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
     env: str
-    """task of the paper (hopper-medium, antmaze-umaze, ...) or id of a Minari data set"""
+    """task in D4RL's naming (hopper-medium, antmaze-umaze, ...) or id of a Minari data set"""
     dataset: str | None = None
-    """train on this instead: Minari ids joined with +, or an original D4RL file (.hdf5)"""
+    """train on these data instead: Minari ids joined with +"""
     run_name: str | None = None
-    """files go to <out-dir>/<run-name> (default: the task's name)"""
+    """files are written to <out-dir>/<run-name> (default: the task's name)"""
     out_dir: str = "runs"
-    """where the runs are kept"""
+    """folder of all runs"""
     seed: int = 0
-    """first seed; it names the initial weights, while the minibatches also depend on how many replicas run beside it"""
+    """first seed; replica k of several is not the run of seed k alone, since all draw from one random generator"""
     num_seeds: int = 1
-    """seeds trained at once: seed, seed + 1, ..."""
+    """number of replicas trained at once, named seed, seed + 1, ..."""
     steps: int = 2_000_000
     """gradient steps"""
     batch_size: int = 2048
     """transitions per step and replica"""
     lr: float = 3e-4
     """learning rate of AdamW"""
+    lr_decay: bool = False
+    """decrease the learning rate on a cosine to 0 at the last step; helps short runs"""
+    predict: Literal["eps", "v"] = "eps"
+    """output of the network: eps as in the paper, or v = alpha eps - sigma a, which needs far fewer samples"""
+    normalize_obs: tyro.conf.DisallowNone[bool | None] = None
+    """standardise observations (default: off for D4RL's task names, as in the paper, and on for other data)"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto takes CUDA when there is one"""
+    """auto uses CUDA if there is a GPU"""
     graph: bool = True
-    """on CUDA, record the update as one graph; --no-graph runs it eagerly"""
-    tf32: bool = True
-    """TF32 matrix products on CUDA"""
+    """on CUDA, record the update as one CUDA graph"""
+    compile: bool = False
+    """compile the update with torch.compile"""
     resume: bool = False
-    """go on from the last checkpoint, if there is one"""
+    """continue from the last checkpoint, if there is one"""
     checkpoint_every: int = 50_000
     """steps between checkpoints"""
     log_every: int = 1_000
@@ -78,221 +80,106 @@ class Args:
 
 STAGE = "behavior"
 METRICS = ("losses/behavior_loss",)
-DIVERGED = "a lower --lr"
-MAY_CHANGE = {"steps", "out_dir", "run_name", "graph", "resume", "checkpoint_every", "track"}  # on resuming
+BETA_0, BETA_1 = 0.1, 20.0  # of the noise schedule
+FILES = ("behavior.*",)  # of a run, moved aside by the next
+MAY_CHANGE = "args out_dir run_name graph resume checkpoint_every track wandb_project_name wandb_entity".split()
 
 
-class Task(NamedTuple):
-    data: str  # Minari ids; it has no medium-replay sets
-    beta: float
-    expectile: float = 0.7
-    hidden_layers: int = 2
-    q_grad_norm: str = "none"
+def minari_ids(env):
+    """The Minari ids of a task in D4RL's naming; any other name is an id itself."""
+    domain, _, level = env.removesuffix("-v2").partition("-")
+    if domain == "antmaze":
+        return [f"D4RL/antmaze/{level}-v1"]
+    if domain not in ("halfcheetah", "hopper", "walker2d"):
+        return [env]
+    levels = level.split("-")  # medium-expert: both
+    return [f"mujoco/{domain}/{x}-v0" for x in levels] if "replay" not in levels else [f"D4RL/{domain}/{level}-v2"]
 
 
-TASKS = {  # Appendix C and Table 2 of the paper
-    "halfcheetah-medium-expert": Task("mujoco/halfcheetah/medium-v0+mujoco/halfcheetah/expert-v0", 0.01),
-    "halfcheetah-medium": Task("mujoco/halfcheetah/medium-v0", 0.2),
-    "halfcheetah-medium-replay": Task("", 0.2),
-    "hopper-medium-expert": Task("mujoco/hopper/medium-v0+mujoco/hopper/expert-v0", 0.01),
-    "hopper-medium": Task("mujoco/hopper/medium-v0", 0.05),
-    "hopper-medium-replay": Task("", 0.2),
-    "walker2d-medium-expert": Task("mujoco/walker2d/medium-v0+mujoco/walker2d/expert-v0", 0.1),
-    "walker2d-medium": Task("mujoco/walker2d/medium-v0", 0.05),
-    "walker2d-medium-replay": Task("", 0.5),
-    "antmaze-umaze": Task("D4RL/antmaze/umaze-v1", 0.02, 0.9, 4, "rms"),
-    "antmaze-umaze-diverse": Task("D4RL/antmaze/umaze-diverse-v1", 0.04, 0.9, 4, "rms"),
-    "antmaze-medium-play": Task("D4RL/antmaze/medium-play-v1", 0.08, 0.9, 4, "rms"),
-    "antmaze-medium-diverse": Task("D4RL/antmaze/medium-diverse-v1", 0.05, 0.9, 4, "rms"),
-    "antmaze-large-play": Task("D4RL/antmaze/large-play-v1", 0.06, 0.9, 4, "rms"),
-    "antmaze-large-diverse": Task("D4RL/antmaze/large-diverse-v1", 0.05, 0.9, 4, "rms"),
-}
-OTHER_TASK, OTHER_MAZE = Task("", 0.05), Task("", 0.05, 0.9, 4, "rms")  # ours, for any other data set
-D4RL_SCORES = {  # returns that score 0 and 100: a random and an expert policy's
-    "Hopper": (-20.272305, 3234.3),
-    "HalfCheetah": (-280.178953, 12135.0),
-    "Walker2d": (1.629008, 4592.3),
-}
-UMAZE = [[1, 1, 1, 1, 1], [1, "g", 0, 0, 1], [1, 1, 1, 0, 1], [1, "r", 0, 0, 1], [1, 1, 1, 1, 1]]  # r: start, g: goal
-
-
-def flatten(obs):
-    """One float32 vector per observation; a dictionary's parts are joined in the order of their sorted keys."""
-    if isinstance(obs, dict):
-        return np.concatenate([flatten(obs[key]) for key in sorted(obs)], axis=-1)
-    return np.asarray(obs, np.float32)
-
-
-def reached(obs):
-    """Whether maze observations are at their goal, by the distance that the environments call success."""
-    return np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1) <= 0.45
-
-
-def leaves(space):
-    """The plain spaces inside a nested dictionary space."""
-    return [leaf for part in space.values() for leaf in leaves(part)] if isinstance(space, gym.spaces.Dict) else [space]
-
-
-def environments(data, fixed):
-    """Where to evaluate: "data", where the data were recorded, or "fixed", there with one start and one goal.
-
-    data, fixed: specifications from a data set's metadata, of which id, keyword arguments and step limit are taken.
-    """
-    no_goals = [[cell if cell == 1 else 0 for cell in row] for row in UMAZE]  # the map of umaze-diverse
-    if data["kwargs"].get("maze_map") in (UMAZE, no_goals):
-        fixed = data | {"kwargs": data["kwargs"] | {"maze_map": UMAZE}}  # Minari's fixed map has other walls
-    limit = {"max_episode_steps": data["max_episode_steps"]}
-    specs = {"data": data, "fixed": fixed or data}
-    return {name: {"id": spec["id"], "kwargs": spec["kwargs"]} | limit for name, spec in specs.items()}
-
-
-def open_minari(ids, env):
-    """Episodes of Minari data sets, and what load_dataset's info takes from their metadata."""
+def open_dataset(id):
+    """A Minari data set, downloaded if it is missing. Exits with one line if it cannot be had."""
+    path, download = get_dataset_path(id), f"minari download {id} --force"
+    command = "python examples/import_d4rl.py FILE.hdf5" if "medium-replay" in id else download  # from D4RL's file
     try:
-        for path in (Path(get_dataset_path(id), "data", "metadata.json") for id in ids):
-            # Minari would ask an environment for its spaces, whatever code its specification names
-            if path.exists() and not {"observation_space", "action_space"} <= json.loads(path.read_text()).keys():
-                sys.exit(f"error: {path} names no spaces: record the data anew")
-        sets = [minari.load_dataset(id) for id in ids]
-    except (OSError, ValueError) as e:
-        near = " or ".join(difflib.get_close_matches(env, [*TASKS, *minari.list_local_datasets()]))
-        hint = "" if env in TASKS else f", or did you mean {near or 'a task of the paper'}?"
-        fetch = " && ".join(f"minari download {id}" for id in ids)
-        sys.exit(f"error: {str(e).partition('. ')[0]}: run `{fetch}`, or copy it there{hint}")
-    spaces = sets[0].action_space, sets[0].observation_space
-    for space in [spaces[0], *leaves(spaces[1])]:
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            sys.exit(f"error: {env} has a space {space}: only vectors of real numbers are supported")
-    robots = {json.loads(d.storage.metadata.get("env_spec", "{}")).get("id") for d in sets}
-    if len(robots) > 1 or any((d.action_space, d.observation_space) != spaces for d in sets):
-        sys.exit(f"error: {'+'.join(ids)} differ in spaces or robot: only data sets of one environment can be joined")
-    low, high = spaces[0].low, spaces[0].high
-    if not np.isfinite(high - low).all() or not (low < high).all():
-        sys.exit(f"error: {env} has actions from {low} to {high}: give its data set the bounds that a policy must keep")
-    meta = sets[0].storage.metadata
-    spec, fixed = (json.loads(meta.get(key, "null")) for key in ("env_spec", "eval_env_spec"))
-    goals = isinstance(spaces[1], gym.spaces.Dict) and {"achieved_goal", "desired_goal"} <= set(spaces[1])
-    maze = spec is not None and "Maze" in spec["id"] and goals
-    reference = (0.0, 1.0) if maze else (meta.get("ref_min_score"), meta.get("ref_max_score"))  # mazes: success rate
-    if None in reference:
-        reference = D4RL_SCORES.get(spec["id"].partition("-")[0] if spec else None, (0.0, 100.0))  # else the return
-    episodes = (d[i] for d in sets for i in range(len(d)))  # iterating keeps 50 kB per episode in HDF5's cache
-    return episodes, {
-        "environments": spec and environments(spec, fixed),
-        "maze": maze,
-        "action_low": low.tolist(),
-        "action_high": high.tolist(),
-        "reference": reference,  # the outcomes that score 0 and 100
-    }
+        if not Path(path, "data").exists():
+            hosting.download_dataset(id)
+        if not {"observation_space", "action_space"} <= json.loads(Path(path, "data/metadata.json").read_text()).keys():
+            raise ValueError("it names no spaces")  # Minari would make its environment, and so run code that it names
+        dataset = minari.load_dataset(id)
+        dataset[0]  # reads the file
+        return dataset
+    except Exception as e:
+        sys.exit(f"error: no complete data set {id} ({e!r}): run `{command}`, or do so elsewhere and copy it to {path}")
 
 
-def open_d4rl(path, env):
-    """The same two of an original D4RL file, the episodes with the transitions that D4RL's qlearning_dataset takes.
-
-    The next row is the next observation; a time-out and the file's last row have none, so these steps will be lost.
-    """
-    robot = next((robot for robot in D4RL_SCORES if env.startswith(f"{robot.lower()}-")), None)
-    named = [robot for robot in D4RL_SCORES if Path(path).name.startswith(robot.lower())]
-    if named and named != [robot] and (robot or env in TASKS):
-        sys.exit(f"error: {path} holds no data of {env}: give the file of the task")
-    names = ("observations", "actions", "rewards", "terminals", "timeouts")
-    try:
-        with h5py.File(path) as file:
-            if "infos/goal" in file:
-                sys.exit(f"error: {path} has no goals in its observations: use Minari's set of the maze, no --dataset")
-            if missing := [name for name in names if name not in file]:
-                sys.exit(f"error: {path} has no {', '.join(missing)}: give a file like D4RL's, with {', '.join(names)}")
-            obs, action, reward, terminal, timeout = (file[name][:] for name in names)
-    except (OSError, TypeError, ValueError) as e:
-        sys.exit(f"error: {path} cannot be read as HDF5 ({type(e).__name__}): give a file of D4RL")
-    reward, terminal, timeout = reward.ravel(), terminal.ravel() > 0, timeout.ravel() > 0  # older files vary
-    if (obs.ndim, action.ndim) != (2, 2) or len({len(x) for x in (obs, action, reward, terminal, timeout)}) > 1:
-        sys.exit(f"error: {path} has columns of other shapes than D4RL's: give one row per step in {', '.join(names)}")
-    timeout[-1:] = True
-    episodes = []
-    for start, end in itertools.pairwise([0, *np.flatnonzero(terminal | timeout) + 1]):
-        columns = action[start:end], reward[start:end], terminal[start:end], timeout[start:end]
-        episodes.append(minari.EpisodeData(start, obs[start : end + 1 - timeout[end - 1]], *columns, infos={}))
-    spec = robot and {"id": f"{robot}-v5", "kwargs": {}, "max_episode_steps": 1000}  # D4RL's own is gone
-    return episodes, {
-        "environments": spec and {"data": spec, "fixed": spec},
-        "maze": False,
-        "action_low": [-1.0] * action.shape[1],
-        "action_high": [1.0] * action.shape[1],
-        "reference": D4RL_SCORES.get(robot, (0.0, 100.0)),
-    }
-
-
-def load_dataset(env, dataset, device):
-    """Logged transitions of one or several Minari data sets, or of an original D4RL file.
+def load_dataset(env, dataset, normalize_obs, device):
+    """Logged transitions of a task, or of the Minari data sets that dataset names. Exits with one line if none suit.
 
     Returns data, float32 tensors on the device: obs [N, S], action [N, A] in [-1, 1], reward [N] (scaled as in the
     paper), next_obs [N, S], terminal [N] (0 at a time-out); and info, what the other stages must know of the task.
-    Exits with one line if there are no such data or they do not suit.
     """
-    other = re.sub(r"^(halfcheetah|hopper|walker2d)-(\w+?)(-v2)?$", r"mujoco/\1/\2-v0", env)  # such as hopper-expert
-    source = dataset or (TASKS[env].data if env in TASKS else other)
-    if not source:
-        file = f"{env.replace('-', '_')}-v2.hdf5"
-        sys.exit(f"error: Minari has no data set for {env}: get D4RL's and name it in every stage, --dataset {file}")
-    episodes, about = open_d4rl(source, env) if source.endswith(".hdf5") else open_minari(source.split("+"), env)
-    low, high = np.float32(about["action_low"]), np.float32(about["action_high"])
-    columns, recorded = [], []
-    for episode in episodes:
-        obs, terminal = flatten(episode.observations), episode.terminations
-        T = len(obs) - 1
-        if about["maze"]:  # the recording goes on after success, the task ends there
-            terminal = reached(episode.observations)[1:]
+    ids = dataset.split("+") if dataset else minari_ids(env)
+    sets, source = [open_dataset(id) for id in ids], "+".join(ids)
+    space, bounds, spec = sets[0].observation_space, sets[0].action_space, sets[0].env_spec
+    if len({str((d.observation_space, d.action_space, d.env_spec and d.env_spec.id)) for d in sets}) > 1:
+        sys.exit(f"error: {source} have different spaces or environments: only data of one environment can be joined")
+    image = re.search(r'"uint8", "shape": \[\d+, \d+, \d+\]', serialize_space(space))
+    if image or not space.is_np_flattenable or gym.spaces.flatdim(space) > 4096:
+        sys.exit(f"error: {source} has images, or observations of more than 4096 numbers: these are not supported")
+    if not isinstance(bounds, gym.spaces.Box) or len(bounds.shape) != 1 or not bounds.is_bounded():
+        sys.exit(f"error: {source} has actions that are no vectors within bounds: only these are supported")
+    low, high = bounds.low, bounds.high
+    maze = spec is not None and "Maze" in spec.id and "achieved_goal" in getattr(space, "spaces", ())
+
+    columns, episodes, clipped = [], [], 0
+    for episode in (d[i] for d in sets for i in range(len(d))):  # iterating over d would cache 50 kB per episode
+        obs, terminal, T = episode.observations, episode.terminations, len(episode)
+        rows = np.stack([gym.spaces.flatten(space, x) for x in iterate(batch_space(space, T + 1), obs)])
+        if maze:  # the recording goes on after success, which ends the task
+            terminal = np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1)[1:] <= 0.45
             T = terminal.argmax() + 1 if terminal.any() else T
-        action = 2 * (episode.actions[:T] - low) / (high - low) - 1
-        columns.append((obs[:T], action, episode.rewards[:T], obs[1 : T + 1], terminal[:T]))
-        recorded.append((len(episode), episode.rewards.sum(), episode.terminations.sum(), terminal.any()))
-    if not sum(len(action) for _, action, *_ in columns):
-        sys.exit(f"error: {source} is empty: give a data set with transitions in it")
+        action = np.clip(episode.actions[:T], low, high)  # as simulators do
+        clipped += (action != episode.actions[:T]).any(axis=1).sum()
+        action = 2 * (action - low) / (high - low) - 1
+        columns.append((rows[:T], action, episode.rewards[:T], rows[1 : T + 1], terminal[:T]))
+        episodes.append((episode.rewards.sum(), terminal.any(), len(episode)))
     columns = [np.concatenate(column, dtype=np.float32) for column in zip(*columns)]
     data = dict(zip(("obs", "action", "reward", "next_obs", "terminal"), columns))
+    returns, success, lengths = np.transpose(episodes)
+    (N, S), checksum = data["obs"].shape, 0
     for name, column in data.items():
-        if len(column) != len(data["obs"]):
-            sys.exit(f"error: {source} lacks some of its {name}: an episode has T of them, and T + 1 observations")
-        if not np.isfinite(column).all():
-            sys.exit(f"error: {source} has values in {name} that are not finite: repair or leave out their episodes")
-    steps, returns, terminations, success = np.transpose(recorded)
-    for environment in (about["environments"] or {}).values():  # one without a limit is left after the longest episode
-        environment["max_episode_steps"] = environment["max_episode_steps"] or int(steps.max())
-    if about["maze"]:
-        data["reward"] -= 1
-    elif returns.max() > returns.min():
-        data["reward"] *= 1000 / (returns.max() - returns.min())
-
-    N, checksum = len(data["obs"]), 0
-    for column in columns:
         checksum = zlib.crc32(column, checksum)
-    outcome, (worst, best) = success if about["maze"] else returns, about["reference"]
-    info = {
-        "env": env,
-        **about,
-        "state_dim": data["obs"].shape[1],
-        "action_dim": len(low),
-        "data_score": 100 * (float(outcome.mean()) - worst) / (best - worst),
-        "fingerprint": [N, checksum],
-    }
-    print(f"{env}: {len(steps):,} episodes, {steps.sum():,.0f} steps, {terminations.sum():,.0f} terminations,", end=" ")
-    print(f"mean return {returns.mean():.2f} ({returns.min():.1f} to {returns.max():.1f}),", end=" ")
-    print(f"score {info['data_score']:.1f}; {N:,} usable transitions.", end=" ")
-    print("Defaults:", "the paper's" if env in TASKS else "ours, the paper has none for this name")
+        if len(column) != N or not np.isfinite(column).all():
+            sys.exit(f"error: {source} has missing or not finite values in {name}: repair or leave out their episodes")
+
+    if maze:
+        data["reward"] -= 1
+    elif np.ptp(returns):
+        data["reward"] *= 1000 / np.ptp(returns)
+    mean, std = np.zeros(S, np.float32), np.ones(S, np.float32)
+    if normalize_obs or normalize_obs is None and minari_ids(env) == [env]:
+        mean, std = (f(data["obs"], axis=0, dtype=np.float64).astype(np.float32) for f in (np.mean, np.std))
+        std[np.ptp(data["obs"], axis=0) == 0] = 1
+    for name in ("obs", "next_obs"):
+        data[name] -= mean
+        data[name] /= std
+    info = {"env": env, "fingerprint": [N, checksum], "maze": maze, "state_dim": S, "action_dim": len(low)}
+    info |= {"observation_space": serialize_space(space), "obs_mean": mean.tolist(), "obs_std": std.tolist()}
+    info |= {"action_low": low.tolist(), "action_high": high.tolist(), "longest_episode": int(lengths.max())}
+    info |= {"data_outcome": float((success if maze else returns).mean())}  # what an evaluation measures
+    print(f"{source}: {len(returns):,} episodes, mean return {returns.mean():.2f}, {N:,} transitions,", end=" ")
+    print(f"{clipped:,} of their actions clipped, observations {'standardised' if std.max() != 1 else 'as they are'}")
     return {name: torch.from_numpy(column).to(device) for name, column in data.items()}, info
 
 
 class Linear(nn.Module):
-    """R independent nn.Linear layers, x [R, B, n_in] -> [R, B, n_out], drawn as nn.Linear is, by own generators."""
+    """R independent nn.Linear layers with nn.Linear's initial distribution: x [R, B, n_in] -> [R, B, n_out]."""
 
-    def __init__(self, n_in, n_out, generators):
+    def __init__(self, n_in, n_out, R):
         super().__init__()
-        weight, bias = torch.empty(len(generators), n_out, n_in), torch.empty(len(generators), 1, n_out)
-        for r, generator in enumerate(generators):
-            weight[r].uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator)
-            bias[r].uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator)
-        self.weight, self.bias = nn.Parameter(weight.mT.contiguous()), nn.Parameter(bias)
+        bound = n_in**-0.5
+        self.weight = nn.Parameter(torch.empty(R, n_in, n_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(R, 1, n_out).uniform_(-bound, bound))
 
     def forward(self, x):
         return torch.baddbmm(self.bias, x, self.weight)
@@ -301,40 +188,12 @@ class Linear(nn.Module):
 class LayerNorm(nn.Module):
     """R independent nn.LayerNorm layers: x [R, B, n] -> [R, B, n]."""
 
-    def __init__(self, n, replicas):
+    def __init__(self, n, R):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(replicas, 1, n)), nn.Parameter(torch.zeros(replicas, 1, n))
+        self.weight, self.bias = nn.Parameter(torch.ones(R, 1, n)), nn.Parameter(torch.zeros(R, 1, n))
 
     def forward(self, x):
         return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:]), self.weight)
-
-
-class BehaviorModel(nn.Module):
-    """eps_psi(a_t | s, t), the noise in a_t: a_t [R, B, A], s [R, B, S], t [R, B, 1] -> [R, B, A]."""
-
-    def __init__(self, state_dim, action_dim, generators):
-        super().__init__()
-        W = torch.stack([torch.randn(1, 32, generator=generator) for generator in generators])
-        self.register_buffer("W", 30 * W)  # frequencies of time, never trained
-        self.time = nn.Sequential(Linear(64, 128, generators), nn.Mish(), Linear(128, 128, generators))
-        self.first = Linear(action_dim + state_dim + 128, 256, generators)
-        self.blocks = nn.ModuleList()
-        for _ in range(3):
-            wide, back = Linear(256, 1024, generators), Linear(1024, 256, generators)
-            block = nn.Sequential(nn.Dropout(0.1), LayerNorm(256, len(generators)), wide, nn.Mish(), back)
-            self.blocks.append(block)  # x + block(x)
-        self.last = Linear(256, action_dim, generators)
-
-    def forward(self, a_t, s, t):
-        phase = 2 * torch.pi * self.W * t  # [R, B, 32]
-        time = self.time(torch.cat([phase.sin(), phase.cos()], dim=-1))
-        x = self.first(torch.cat([a_t, s, time], dim=-1))
-        for block in self.blocks:
-            x = x + block(x)
-        return self.last(F.mish(x))
-
-
-BETA_0, BETA_1 = 0.1, 20.0
 
 
 def alpha_sigma(t):
@@ -343,19 +202,54 @@ def alpha_sigma(t):
     return log_alpha.exp(), (1 - torch.exp(2 * log_alpha)).sqrt()
 
 
+class BehaviorModel(nn.Module):
+    """eps_psi(a_t | s, t), the noise in a_t: a_t [R, B, A], s [R, B, S], t [R, B, 1] -> [R, B, A]."""
+
+    def __init__(self, state_dim, action_dim, R, predict):
+        super().__init__()
+        self.predict = predict
+        self.register_buffer("W", 30 * torch.randn(R, 1, 32))  # frequencies of time, never trained
+        self.time = nn.Sequential(Linear(64, 128, R), nn.Mish(), Linear(128, 128, R))
+        self.first = Linear(action_dim + state_dim + 128, 256, R)
+        self.blocks = nn.ModuleList()
+        for _ in range(3):
+            layers = nn.Dropout(0.1), LayerNorm(256, R), Linear(256, 1024, R), nn.Mish(), Linear(1024, 256, R)
+            self.blocks.append(nn.Sequential(*layers))
+        self.last = Linear(256, action_dim, R)
+
+    def forward(self, a_t, s, t):
+        phase = 2 * torch.pi * self.W * t  # [R, B, 32]
+        time = self.time(torch.cat([phase.sin(), phase.cos()], dim=-1))
+        x = self.first(torch.cat([a_t, s, time], dim=-1))
+        for block in self.blocks:
+            x = x + block(x)
+        out = self.last(F.mish(x))
+        alpha, sigma = alpha_sigma(t)
+        return out if self.predict == "eps" else sigma * a_t + alpha * out  # eps = sigma a_t + alpha v
+
+
 def behavior_loss(model, s, a, t, eps):
-    """Eq. 13. s [R, B, S], a and eps [R, B, A], t [R, B, 1] -> [R]."""
+    """Eq. 13, |eps_psi - eps|^2, and what is minimised: with --predict v, |v_psi - v|^2 = |eps_psi - eps|^2 / alpha^2.
+
+    s [R, B, S], a and eps [R, B, A], t [R, B, 1] -> two tensors [R].
+    """
     alpha, sigma = alpha_sigma(t)
-    return ((model(alpha * a + sigma * eps, s, t) - eps) ** 2).sum(dim=-1).mean(dim=-1)
+    error = ((model(alpha * a + sigma * eps, s, t) - eps) ** 2).sum(dim=-1)  # [R, B]
+    minimised = error if model.predict == "eps" else error / alpha.squeeze(-1) ** 2
+    return error.mean(dim=-1), minimised.mean(dim=-1)
 
 
-def make_update(args, model, optimizer, draw, window):
-    """The training step, a closure without arguments that stays on the device; draw() gives minibatch and noise."""
+def make_update(args, model, optimizer, draw, window, start):
+    """The training step, which takes and returns nothing; draw() gives minibatch and noise, window sums metrics."""
+    done = torch.full((), float(start), device=window.device)  # steps so far
 
     def update():
         optimizer.zero_grad(set_to_none=True)
-        loss = behavior_loss(model, *draw())
-        loss.sum().backward()  # replicas share no parameters
+        if args.lr_decay:  # cosine to 0
+            optimizer.param_groups[0]["lr"].copy_(args.lr * (1 + torch.cos(torch.pi * done / args.steps)) / 2)
+            done.add_(1)
+        loss, minimised = behavior_loss(model, *draw())
+        minimised.sum().backward()  # replicas share no parameters
         optimizer.step()
         with torch.no_grad():
             window.add_(loss)
@@ -363,268 +257,122 @@ def make_update(args, model, optimizer, draw, window):
     return update
 
 
-def capture(update, optimizer, *tensors):
-    """update recorded as one CUDA graph: a replay is one launch, where eager PyTorch pays for hundreds of small ones.
-
-    tensors: all that update changes, besides the optimizer's state. The graph keeps to them: load a checkpoint before.
-    """
-
-    def state():
-        return [*tensors, *(x for moments in optimizer.state.values() for x in moments.values())]
-
-    before, rng, stream = [x.clone() for x in state()], torch.cuda.get_rng_state(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # the first calls choose kernels and make the optimizer's state, which must not be recorded
+def capture(update):
+    """update as one CUDA graph, whose replay is one launch. A generator: each next() is one training step."""
+    stream = torch.cuda.Stream()
+    for _ in range(3):  # as it is: kernels are chosen, and the optimizer makes its state
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             update()
-    torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(stream)
+        yield
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph):  # records without running
         update()
-    with torch.no_grad():  # none of these steps was training
-        for x, value in itertools.zip_longest(state(), before):
-            x.zero_() if value is None else x.copy_(value)  # a new optimizer's state begins at zero
-    torch.cuda.set_rng_state(rng)
-    return graph.replay
+    while True:
+        graph.replay()
+        yield
 
 
-def sample(data, replicas, batch_size):
-    """Rows of data drawn with replacement, for each replica its own: list of [R, B, ...]."""
-    x = next(iter(data.values()))
-    index = torch.randint(len(x), (replicas, batch_size), device=x.device)
-    return [x[index] for x in data.values()]
-
-
-def sample_noise(shape, t_min, t_max, device):
-    """Times, uniform [R, B, 1], and standard normal noise [R, B, A], the given shape."""
-    return torch.empty(*shape[:2], 1, device=device).uniform_(t_min, t_max), torch.randn(shape, device=device)
-
-
-def setup(args):
-    """Refuse numbers that make no sense, fill in the run's name and the device; returns the device."""
-    for name, value in vars(args).items():
-        for x in value if isinstance(value, tuple) else (value,):
-            least = 0 if name in ("seed", "eval_every") else 1e-12
-            if type(x) in (int, float) and not least <= x < float("inf"):
-                sys.exit(f"error: --{name.replace('_', '-')} {x}: must be {'positive' if least else '0 or more'}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" and args.tf32:
-        torch.set_float32_matmul_precision("high")
-    libc = ctypes.CDLL(None) if args.device == "cpu" and sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # glibc gives large tensors' memory back to the system; page faults bring it again
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    if args.env.removesuffix("-v2") in TASKS:
-        args.env = args.env.removesuffix("-v2")
-    args.run_name = args.run_name or args.env.replace("/", "-")
-    return torch.device(args.device)
-
-
-def save(content, path):
-    """Written beside and renamed, so that a crash leaves the previous file whole."""
-    try:
-        torch.save(content, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as e:
-        Path(f"{path}.tmp").unlink(missing_ok=True)
-        reason = f"{type(e).__name__}: {e}".splitlines()[0]
-        sys.exit(f"error: cannot write {path} ({reason}): make room, then go on from the last checkpoint with --resume")
-
-
-def read(path, remedy, device="cpu"):
-    """The dictionary that save wrote; exits with one line if the file is damaged or foreign, and runs no code of it."""
+def load(path, device="cpu"):
+    """An artifact or checkpoint. Exits with one line if the file is missing, damaged or foreign; runs no code in it."""
     try:
         if zipfile.ZipFile(path).testzip():
-            raise ValueError("checksum")  # torch.load itself compares none
-        content = torch.load(path, map_location=device, weights_only=True)
-        return dict(content)
-    except Exception as e:  # whatever such a file makes of them
-        sys.exit(f"error: {path} cannot be read, damaged or foreign ({type(e).__name__}): {remedy}")
+            raise ValueError("checksum")  # torch.load compares none
+        return dict(torch.load(path, map_location=device, weights_only=True))
+    except Exception as e:
+        sys.exit(f"error: {path} is missing, damaged or foreign ({type(e).__name__}): run the stage that writes it")
 
 
-def set_aside(path):
-    """A file of an earlier run gets its date into its name; it is never overwritten."""
-    if path.exists():
-        date = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-        print(f"{path} of an earlier run is kept as {path.rename(path.with_stem(f'{path.stem}-{date}')).name}")
-
-
-def refuse_changes(path, then, args):
-    """Exit with one line if an argument that matters is not what it was in the run that --resume goes on with."""
-    for name, value in asdict(args).items():
-        if name not in MAY_CHANGE and not name.startswith("wandb_") and then.get(name) != value:
-            was = f"{name} = {then.get(name)}, not {value}"
-            sys.exit(f"error: {path} was written with {was}: give the same to resume it")
-
-
-def open_run(args, info):
-    """The run's folder, made ready for a new run; with --resume what is there stays, and a finished run ends here."""
-    folder = Path(args.out_dir, args.run_name)
-    artifact, checkpoint, log = (folder / f"{STAGE}.{suffix}" for suffix in ("pt", "ckpt", "jsonl"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        sys.exit(f"error: cannot write to {folder}: name another place with --out-dir")
-    if not args.resume:
-        for path in (artifact, checkpoint, log):
-            set_aside(path)
-    elif artifact.exists() and not checkpoint.exists():
-        finished = read(artifact, "train again without --resume")
-        refuse_changes(artifact, finished.get("args", {}), args)
-        if (steps := finished.get("args", {}).get("steps")) != args.steps:
-            sys.exit(f"error: {artifact} was trained for {steps} steps, not {args.steps}: train again without --resume")
-        if any(finished.get(name) != value for name, value in info.items()):
-            sys.exit(f"error: {artifact} was made with other data or artifacts: train again without --resume")
-        print(f"{artifact} is finished, nothing to resume")
-        sys.exit(0)
-    return folder
-
-
-def save_checkpoint(path, args, info, step, model, optimizer, window):
-    """All that the next step depends on."""
-    rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if window.is_cuda else [])
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "window": window, "rng": rng}
-    save({"args": asdict(args), "info": info, "step": step, **state}, path)
-
-
-def load_checkpoint(path, args, info, model, optimizer, window):
-    """Put everything back in place; returns the step to go on from."""
-    state = read(path, "train again without --resume", window.device)
-    refuse_changes(path, state.get("args", {}), args)
-    if state.get("info") != info:
-        sys.exit(f"error: {path} was written with other data or artifacts: resume with the same, or without --resume")
-    if state["step"] > args.steps:
-        sys.exit(f"error: {path} is at step {state['step']}, past --steps {args.steps}: give more steps to resume it")
-    model.load_state_dict(state["model"])
+def open_run(args, about, model, optimizer, device):
+    """The run's folder and the step to start from: with --resume the last checkpoint's, else old files move aside."""
+    folder = Path(args.out_dir, args.run_name or args.env.replace("/", "-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = next((p for p in (folder / f"{STAGE}.ckpt", folder / f"{STAGE}.pt") if p.exists() and args.resume), None)
+    if path is None:
+        for old in [old for pattern in FILES for old in folder.glob(pattern)]:
+            date = time.strftime("%Y%m%d-%H%M%S", time.localtime(old.stat().st_mtime))
+            print(f"{old} of an earlier run is now {old.rename(old.with_stem(f'{old.stem}-{date}'))}")
+        return folder, 0
+    state = load(path, device)
+    for name, value in (about["args"] | about).items():
+        then = (state.get("args", {}) | state).get(name)
+        if name not in MAY_CHANGE and then != value:
+            sys.exit(f"error: {path} was written with {name} = {then}, not {value}: --resume needs the same")
+    if "optimizer" not in state:
+        print(f"{path} is finished, nothing to resume")
+        sys.exit()
+    model.load_state_dict(state["weights"])
     optimizer.load_state_dict(state["optimizer"])
-    window.copy_(state["window"])
     torch.set_rng_state(state["rng"][0].cpu())
-    if window.is_cuda:
-        torch.cuda.set_rng_state(state["rng"][1].cpu())
-    return state["step"]
-
-
-def check_finite(step, metrics, model, replicas):
-    """Exit with one line that names the replicas which have diverged, before a checkpoint or an artifact keeps them."""
-    finite = [x.reshape(len(replicas), -1).isfinite().all(dim=1) for x in model.state_dict().values()]
-    finite = torch.stack(finite).all(dim=0).tolist()
-    finite = [all(values) for values in zip(finite, *np.isfinite(list(metrics.values())).tolist())]
-    if not all(finite):
-        which = [replica for replica, good in zip(replicas, finite) if not good]
-        sys.exit(f"error: {STAGE} diverged by step {step:,} in {which}: start again with {DIVERGED}")
-
-
-def catch_signals():
-    """A list that Ctrl-C goes into, and SIGTERM, a cluster's last warning; the second one of them kills."""
-    caught = []
-
-    def note(number, frame):
-        caught.append(signal.Signals(number).name)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return caught
-
-
-class Logger:
-    """<stage>.jsonl, one line per call, with one value per replica; with --track also one W&B run per replica."""
-
-    def __init__(self, args, folder, replicas, step):
-        path = folder / f"{STAGE}.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # a killed run may have left half a line
-        path.with_suffix(".tmp").write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-        self.file = open(path.with_suffix(".tmp").replace(path), "a")
-        self.replicas, self.start, self.runs = replicas, time.time(), []
-        if args.track:
-            import wandb
-
-            where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": folder}
-            for replica in replicas:
-                name = "-".join([args.run_name, STAGE] + [f"{key}{value}" for key, value in replica.items()])
-                run = {"group": args.run_name, "job_type": STAGE, "name": name, "config": asdict(args) | replica}
-                self.runs.append(wandb.init(**where, **run, reinit="create_new"))
-
-    def log(self, step, metrics):
-        """metrics: name -> list of one value per replica, or one value for all."""
-        columns = {key: [replica[key] for replica in self.replicas] for key in self.replicas[0]}
-        line = {"step": step, "seconds": round(time.time() - self.start, 2), **columns, **metrics}
-        try:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
-        except OSError as e:
-            sys.exit(f"error: cannot write {self.file.name} ({e}): make room, then go on with --resume")
-        for i, run in enumerate(self.runs):
-            row = {name: value[i] if isinstance(value, list) else value for name, value in metrics.items()}
-            run.log(row, step=step)
-
-    def close(self):
-        self.file.close()
-        for run in self.runs:
-            run.finish()
+    torch.cuda.set_rng_state_all([x.cpu() for x in state["rng"][1]])
+    os.truncate(folder / f"{STAGE}.jsonl", state["log_size"])  # drops what was logged after the checkpoint
+    return folder, state["step"]
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    device = setup(args)
-    data, info = load_dataset(args.env, args.dataset, device)
-    data = {"obs": data["obs"], "action": data["action"]}
-    print(f"{args.steps:,} steps of {args.batch_size} on {device}")
+    for name, value in vars(args).items():
+        numbers = [x for x in np.atleast_1d(value).tolist() if type(x) in (int, float)]
+        if not all(x > 0 or x == 0 and name in ("seed", "eval_every") for x in numbers):
+            sys.exit(f"error: --{name.replace('_', '-')} {value}: must be positive")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
+    device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    data, info = load_dataset(args.env, args.dataset, args.normalize_obs, device)
+    print(f"{args.steps:,} steps of {args.batch_size} on {device}, predict {args.predict}")
 
-    seeds = list(range(args.seed, args.seed + args.num_seeds))
-    torch.manual_seed(seeds[0])
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    model = BehaviorModel(info["state_dim"], info["action_dim"], generators).to(device)
-    fast = {"fused": True, "capturable": device.type == "cuda"}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, **fast)
-    window = torch.zeros(len(METRICS), len(seeds), device=device)  # sums over the steps since the last log line
-
-    folder = open_run(args, info)
-    checkpoint = folder / f"{STAGE}.ckpt"
-    start = 0
-    if args.resume and checkpoint.exists():
-        start = load_checkpoint(checkpoint, args, info, model, optimizer, window)
-        print(f"resumed at step {start:,}")
-    replicas = [{"seed": seed} for seed in seeds]
-    logger = Logger(args, folder, replicas, start)
+    torch.manual_seed(args.seed)
+    R, replicas = args.num_seeds, [{"seed": args.seed + r} for r in range(args.num_seeds)]
+    model = BehaviorModel(info["state_dim"], info["action_dim"], R, args.predict).to(device)
+    lr, fast = torch.tensor(args.lr, device=device), {"fused": True, "capturable": device.type == "cuda"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, **fast)
+    window = torch.zeros(len(METRICS), R, device=device)  # sums of the metrics since the last log line
+    about = {"stage": STAGE, "format": 4, **info, "seeds": [x["seed"] for x in replicas], "args": asdict(args)}
+    folder, start = open_run(args, about, model, optimizer, device)
+    runs, log = [], folder / f"{STAGE}.jsonl"
+    for replica in replicas if args.track else ():
+        name = "-".join([folder.name, STAGE, *(f"{key}{value}" for key, value in replica.items())])
+        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": folder, "name": name}
+        labels = {"group": folder.name, "job_type": STAGE, "config": asdict(args) | replica}
+        runs.append(wandb.init(**where, **labels, reinit="create_new"))
 
     def draw():
-        s, a = sample(data, len(seeds), args.batch_size)
-        return s, a, *sample_noise(a.shape, 0.001, 1.0, device)
+        index = torch.randint(len(data["obs"]), (R, args.batch_size), device=device)  # with replacement
+        s, a = data["obs"][index], data["action"][index]
+        t = torch.empty(R, args.batch_size, 1, device=device).uniform_(0.001, 1)
+        return s, a, t, torch.randn_like(a)
 
-    update = make_update(args, model, optimizer, draw, window)
-    if args.graph and device.type == "cuda":
-        update = capture(update, optimizer, window, *model.state_dict().values())
-
-    stop, clock = catch_signals(), time.time()
-    with tqdm(total=args.steps, initial=start, desc=STAGE) as bar:
-        for step in range(start + 1, args.steps + 1):
-            update()
-            if step % args.log_every == 0 or step == args.steps:
-                metrics = dict(zip(METRICS, (window / (step % args.log_every or args.log_every)).tolist()))
-                check_finite(step, metrics, model, replicas)
-                window.zero_()
-                speed, clock = (step - bar.n) / (time.time() - clock), time.time()
-                bar.set_postfix({name.split("/")[1]: f"{np.mean(x):.3g}" for name, x in metrics.items()}, refresh=False)
-                bar.update(step - bar.n)
-                logger.log(step, metrics | {"charts/SPS": speed, "charts/learning_rate": args.lr})
-            if step < args.steps and (step % args.checkpoint_every == 0 or stop):
-                check_finite(step, {}, model, replicas)
-                save_checkpoint(checkpoint, args, info, step, model, optimizer, window)
-            if stop and step < args.steps:
-                sys.exit(f"stopped by {stop[0]} at step {step:,}: the same command with --resume goes on")
-
-    labels = {"seeds": seeds, "args": asdict(args)}
-    artifact = {"stage": STAGE, "format": 3, **info, **labels, "weights": model.state_dict()}
-    set_aside(folder / f"{STAGE}.pt")
-    save(artifact, folder / f"{STAGE}.pt")
-    checkpoint.unlink(missing_ok=True)
+    update = make_update(args, model, optimizer, draw, window, start)
+    update = torch.compile(update) if args.compile else update
+    update = capture(update).__next__ if args.graph and device.type == "cuda" else update
+    bar, clock = tqdm(range(start + 1, args.steps + 1), STAGE, initial=start, total=args.steps), time.time()
+    for step in bar:
+        update()
+        if step % args.log_every and step < args.steps:
+            continue
+        n = step % args.log_every or args.log_every
+        metrics = dict(zip(METRICS, (window / n).tolist()))
+        window.zero_()
+        finite = zip(*[x.reshape(R, -1).isfinite().all(dim=1).tolist() for x in model.state_dict().values()])
+        if bad := [replica for replica, values in zip(replicas, finite) if not all(values)]:
+            sys.exit(f"error: behavior diverged by step {step:,} in {bad}: start again with a lower --lr")
+        bar.set_postfix({name.split("/")[1]: f"{np.mean(x):.3g}" for name, x in metrics.items()}, refresh=False)
+        rate = optimizer.param_groups[0]["lr"].item()
+        metrics |= {"charts/SPS": n / (time.time() - clock), "charts/learning_rate": rate}
+        clock = time.time()
+        with open(log, "a") as file:
+            file.write(json.dumps({"step": step, "seed": about["seeds"], **metrics}) + "\n")
+        for i, run in enumerate(runs):
+            run.log({name: x[i] if isinstance(x, list) else x for name, x in metrics.items()}, step=step)
+        if step % args.checkpoint_every < args.log_every or step == args.steps:
+            state, path = about | {"weights": model.state_dict()}, folder / f"{STAGE}.pt"
+            if step < args.steps:  # a checkpoint holds all that the next step depends on
+                rng = [torch.get_rng_state(), torch.cuda.get_rng_state_all()]
+                state |= {"step": step, "optimizer": optimizer.state_dict(), "rng": rng, "log_size": log.stat().st_size}
+                path = folder / f"{STAGE}.ckpt"
+            torch.save(state, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)  # a crash leaves the previous file whole
+    (folder / f"{STAGE}.ckpt").unlink(missing_ok=True)
     print(f"saved {folder / STAGE}.pt")
-    logger.close()
