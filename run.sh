@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # The three stages and eval.py in order.
-#   bash run.sh                                the demo: makes its own data, 5 to 6 minutes on 2 CPU cores
-#   bash run.sh hopper-medium --num-seeds 6    any task by the paper's numbers; the flags go to all three stages
+#   bash run.sh                              the demo: makes its own data, a few minutes on 2 CPU cores
+#   bash run.sh hopper-medium --num-seeds 6  a task by the paper's numbers, for a GPU; the flags go to all three stages
+#   bash run.sh --small hopper-medium        a task on a small budget, about an hour on 2 CPU cores
 # CRITIC, BEHAVIOR, ACTOR and EVAL may hold flags for one script alone: ACTOR="--beta 0.01 0.05" bash run.sh hopper-medium
 set -euo pipefail
 cd "$(dirname "$0")"
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 # glibc keeps freed memory: saves page faults
 
 if (($# == 0)); then
     python examples/collect_pointmaze.py
@@ -12,30 +14,29 @@ if (($# == 0)); then
     CRITIC="--steps 40000 --batch-size 128 --lr 1e-3 --tau 0.02 ${CRITIC:-}" # few steps: let V's horizon grow fast
     BEHAVIOR="--steps 6000 --batch-size 128 ${BEHAVIOR:-}"
     ACTOR="--steps 8000 --batch-size 128 --beta 0.1 --eval-every 2000 ${ACTOR:-}"
+elif [[ $1 == --small ]]; then
+    shift
+    set -- "${@:1:1}" --num-seeds 3 "${@:2}"
+    steps=15000 beta=0.02
+    [[ $1 == *antmaze* ]] && steps=60000 beta=0.01 # the ant's behaviour model needs more
+    CRITIC="--steps 100000 --lr 1e-3 --lr-decay ${CRITIC:-}"
+    BEHAVIOR="--steps $steps --batch-size 128 --lr 1e-3 --lr-decay --predict v ${BEHAVIOR:-}"
+    ACTOR="--steps 10000 --lr 1e-3 --beta $beta --eval-every 5000 ${ACTOR:-}"
+    EVAL="--policy srpo behavior ${EVAL:-}"
 fi
 
 env=${1#--env=} # as a sweep names it
 shift
 if [[ $env == -* ]]; then
-    echo "error: first comes the task: bash run.sh TASK [flags]" >&2
+    echo "error: the task comes first: bash run.sh [--small] TASK [flags]" >&2
     exit 1
 fi
-if [[ $env == *-medium-replay* && -n ${D4RL:-} ]]; then # Minari has none: D4RL is the folder of the original files
-    name=${env%-v2}
-    set -- --dataset "$D4RL/${name//-/_}-v2.hdf5" "$@"
-fi
-stage() { # behind this shell, which passes SIGTERM on: W&B's agent sends it to nobody else
-    python "$@" <&0 &
-    wait $!
-}
-trap 'kill -INT $!; wait; exit 143' TERM # SIGINT, since Slurm has sent the stage a SIGTERM already
-trap 'wait; exit 130' INT                # Ctrl-C: the terminal has sent it to the stage too
 unset WANDB_RUN_ID WANDB_SWEEP_ID WANDB_SWEEP_PARAM_PATH # each replica is a W&B run of its own, also under an agent
-stage srpo_critic.py --env "$env" "$@" ${CRITIC:-}
-stage srpo_behavior.py --env "$env" "$@" ${BEHAVIOR:-}
-stage srpo_actor.py --env "$env" "$@" ${ACTOR:-}
+python srpo_critic.py --env "$env" "$@" ${CRITIC:-}
+python srpo_behavior.py --env "$env" "$@" ${BEHAVIOR:-}
+python srpo_actor.py --env "$env" "$@" ${ACTOR:-}
 
-where=() # eval.py takes of the flags only those that say where the run is
+where=() # of the flags, eval.py takes only those that say where the run is
 while (($#)); do
     case $1 in
     --run[-_]name | --out[-_]dir) where+=("$1" "$2") ;;
