@@ -1,6 +1,7 @@
-"""Pictures of a run, from the JSON files that the other scripts wrote into its folder.
+"""Pictures of a run and the table of many runs, from the JSON files that the other scripts wrote into their folders.
 
-    python plot.py --run runs/hopper-medium
+    python plot.py --run runs/hopper-medium      # writes pictures into this folder
+    python plot.py --table runs/*                # writes runs/table.md and runs/table.csv
 
 learning.png   losses, Q and score during training: mean and range over seeds, a line per beta
 beta.png       score against beta (Figure 15 of the paper), where several were trained
@@ -8,6 +9,7 @@ time.png       score against the time of an action (Figure 1), where eval.py sco
 maze.png       ways through a maze
 """
 
+import csv
 import itertools
 import json
 import sys
@@ -22,7 +24,7 @@ plt.rcParams |= {"figure.constrained_layout.use": True, "savefig.dpi": 150, "fon
 plt.rcParams |= {"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's, told apart by all
 MARKERS = {"srpo": "o", "idql": "s", "behavior": "^"}
-NAMES = {"srpo": "SRPO", "idql": "IDQL", "behavior": "behavior model"}
+NAMES = {"behavior": "behavior model", "idql": "IDQL", "srpo": "SRPO"}  # in the order of the table
 PANELS = {  # title -> stage, metric
     "V loss (Eq. 11)": ("critic", "losses/v_loss"),
     "Q loss (Eq. 12)": ("critic", "losses/q_loss"),
@@ -35,13 +37,22 @@ PANELS = {  # title -> stage, metric
 
 @dataclass
 class Args:
-    run: Path
-    """folder of the run"""
+    run: Path | None = None
+    """folder of the run to draw"""
+    table: tuple[Path, ...] = ()
+    """gather these scored runs (runs/*) in <out-dir>/table.md and table.csv"""
+    out_dir: Path = Path("runs")
+    """folder of the table"""
 
 
 def read(path):
     """What a JSON file holds, or None if there is no such file."""
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def name_of(row):
+    """A policy's name in a picture."""
+    return NAMES[row["policy"]] + (f", {row['candidates']} candidates" if row["policy"] == "idql" else "")
 
 
 def curves(path, metric):
@@ -88,8 +99,9 @@ def plot_beta(scores):
     figure, ax = plt.subplots(figsize=(4.8, 3.6))
     beta, mean, std = np.array(sorted((row["beta"], row["score_mean"], row["score_std"]) for row in srpo)).T
     ax.errorbar(beta, mean, std, color=COLORS[0], marker="o", capsize=3, label="SRPO")
-    for color, row in zip(COLORS[1:], [row for row in scores["summary"] if row["policy"] != "srpo"]):
-        ax.axhline(row["score_mean"], color=color, linestyle="--", label=NAMES[row["policy"]])
+    others = [row for row in scores["summary"] if row["policy"] != "srpo"]
+    for color, row in zip(itertools.cycle(COLORS[1:]), others):
+        ax.axhline(row["score_mean"], color=color, linestyle="--", label=name_of(row))
         ax.axhspan(*(row["score_mean"] + row["score_std"] * np.array([-1, 1])), color=color, alpha=0.15)
     ax.axhline(scores["data_score"], color="black", linestyle=":", label="data")
     ax.set(
@@ -104,23 +116,20 @@ def plot_beta(scores):
 
 def plot_time(scores, latency):
     """Score against time per action of every policy that was both scored and timed; None if there are not two."""
-    rows = {row["policy"]: row for row in latency["rows"]}
-    known = [row for row in scores["summary"] if row["policy"] in rows]
-    if (rows["idql"]["steps"], rows["idql"]["candidates"]) != (scores["sampler_steps"], scores["candidates"]):
-        return None  # the sampler that was timed is not the one that was scored
-    if len({row["policy"] for row in known}) < 2:
+    times = {(row["policy"], row["candidates"], row["steps"]): row["us_batch_1"] for row in latency["rows"]}
+    points, betas = {}, [row["beta"] for row in scores["summary"] if row["policy"] == "srpo"]
+    for row in sorted(scores["summary"], key=lambda row: row["score_mean"]):
+        key = row["policy"], row["candidates"], None if row["policy"] == "srpo" else scores["sampler_steps"]
+        if key in times:
+            points[key] = times[key], row  # of several betas, which all take the same time, the best
+    if len(points) < 2:
         return None
     figure, ax = plt.subplots(figsize=(4.8, 3.6))
-    for color, policy in zip(COLORS, dict.fromkeys(row["policy"] for row in known)):
-        points = [row for row in known if row["policy"] == policy]
-        time, score = [rows[policy]["us_batch_1"]] * len(points), [row["score_mean"] for row in points]
-        std = [row["score_std"] for row in points]
-        ax.errorbar(time, score, std, color=color, marker=MARKERS[policy], linestyle="", capsize=3, label=NAMES[policy])
-        for row, x, y in zip(points, time, score):
-            if row["beta"] is not None:
-                ax.annotate(
-                    f" beta {row['beta']:g}", (x, y), (6, 0), textcoords="offset points", va="center", fontsize=8
-                )
+    for color, (time, row) in zip(itertools.cycle(COLORS), sorted(points.values(), key=lambda point: point[0])):
+        name = name_of(row) + (f", beta {row['beta']:g}" if row["beta"] else "")
+        name += f" (best of {len(betas)})" if row["beta"] and len(betas) > 1 else ""
+        style = {"color": color, "marker": MARKERS[row["policy"]], "linestyle": "", "capsize": 3}
+        ax.errorbar(time, row["score_mean"], row["score_std"], label=name, **style)
     ax.margins(0.15)
     ax.set(xscale="log", xlabel=f"microseconds per action, one at a time ({latency['device']})", ylabel="score")
     ax.set_title(f"{scores['env']}, {scores['episodes']} episodes per seed")
@@ -130,35 +139,85 @@ def plot_time(scores, latency):
 
 def plot_maze(content, name):
     """The ways of the first seed and beta of each policy."""
-    first = {}
+    kinds = {}
     for way in content["ways"]:
-        first.setdefault((way["policy"], way["seed"], way["beta"]), []).append(way)
-    kinds = {policy: ways for (policy, *_), ways in reversed(first.items())}
+        ways = kinds.setdefault((way["policy"], way["candidates"]), [])
+        if not ways or (way["seed"], way["beta"]) == (ways[0]["seed"], ways[0]["beta"]):
+            ways.append(way)
     figure, axes = plt.subplots(1, len(kinds), figsize=(4 * len(kinds), 4.3), squeeze=False)
     half = content["cell"] / 2
-    for ax, policy in zip(axes.flat, [policy for policy in MARKERS if policy in kinds]):
+    for ax, ways in zip(axes.flat, kinds.values()):
         for x, y in content["walls"]:
             ax.add_patch(plt.Rectangle((x - half, y - half), 2 * half, 2 * half, color="0.75", linewidth=0))
-        for way in kinds[policy]:
+        for way in ways:
             x, y = np.array(way["way"]).T
             ax.plot(x, y, color=COLORS[0] if way["success"] else COLORS[1], linewidth=1, alpha=0.8)
             ax.plot(x[0], y[0], "o", color="black", markersize=5)
             ax.plot(*way["goal"], "*", color=COLORS[4], markersize=14, markeredgecolor="black")
-        labels = (
-            {"label": "start", "marker": "o", "color": "black"},
-            {"label": "goal", "marker": "*", "color": COLORS[4]},
-        )
-        for label in (*labels, {"label": "arrives", "color": COLORS[0]}, {"label": "does not", "color": COLORS[1]}):
-            ax.plot([], [], **({"linestyle": ""} if "marker" in label else {}) | label)
-        ax.set(title=NAMES[policy], xlabel="x (m)", ylabel="y (m)", aspect="equal")
+        for mark, color, meaning in ("o", "black", "start"), ("*", COLORS[4], "goal"):
+            ax.plot([], [], mark, color=color, label=meaning)
+        for color, meaning in (COLORS[0], "arrives"), (COLORS[1], "does not"):
+            ax.plot([], [], color=color, label=meaning)
+        ax.set(title=name_of(ways[0]), xlabel="x (m)", ylabel="y (m)", aspect="equal")
         ax.grid(False)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(f"{name}: the first episodes of seed {content['ways'][0]['seed']}")
     return figure
 
 
+def make_table(folders):
+    """Rows like those of the paper's Table 1: one per scored run, then the mean per domain.
+
+    Of several betas, or numbers of candidates, the one of highest mean score stands for its policy, as in the paper.
+    """
+    rows, domains = [], {}
+    for folder in sorted(folders, key=lambda folder: folder.name):
+        content = read(folder / "eval.json")
+        row = {"run": folder.name, "data": content["data_score"], "steps": content["steps"]}
+        for best in sorted(content["summary"], key=lambda found: found["score_mean"]):
+            row |= {best["policy"]: best["score_mean"], f"{best['policy']}_std": best["score_std"]}
+            row |= {name: best[name] for name in ("beta", "seeds") if best["policy"] == "srpo"}
+        rows.append(row)
+        domains.setdefault(content["env"].partition("-")[0], []).append(row)
+    for domain, members in domains.items():
+        names = [name for name in ("data", *NAMES) if all(name in row for row in members)]
+        means = {name: float(np.mean([row[name] for row in members])) for name in names}
+        rows.append({"run": f"{domain}: mean of {len(members)}", **means})
+    return rows
+
+
+def write_table(rows, path):
+    """The rows as path.csv and, like a paper's, path.md, which is printed."""
+    names = ["run", "data", *NAMES, "beta", "seeds", "steps"]
+
+    def cell(row, name):
+        std = f" ± {row[f'{name}_std']:.1f}" if f"{name}_std" in row else ""
+        return f"{row[name]:.1f}{std}" if name in ("data", *NAMES) and name in row else str(row.get(name, ""))
+
+    lines = ["| " + " | ".join(line) + " |" for line in [names, ["---"] * len(names)]]
+    lines += ["| " + " | ".join(cell(row, name) for name in names) + " |" for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    with open(path.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, names + [f"{name}_std" for name in NAMES])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(*lines, f"saved {path}.md and {path}.csv", sep="\n")
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    if args.table:
+        folders = [folder for folder in args.table if folder.is_dir()]  # runs/* may hold the last table
+        scored = [folder for folder in folders if (folder / "eval.json").exists()]
+        if missing := [str(folder) for folder in folders if folder not in scored]:
+            print(f"left out, not scored by eval.py yet: {', '.join(missing)}")
+        if not scored:
+            sys.exit("error: --table found no eval.json: name folders of runs that eval.py has scored, such as runs/*")
+        write_table(make_table(scored), args.out_dir / "table")
+        sys.exit()
+    if args.run is None:
+        sys.exit("error: name the folder of a run, --run runs/NAME, or of several, --table runs/*")
     scores, latency, maze = (read(args.run / f"{name}.json") for name in ("eval", "latency", "trajectories"))
     figures = {"learning": plot_learning(args.run, args.run.name)}
     if scores:

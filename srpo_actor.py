@@ -130,7 +130,7 @@ def minari_ids(env):
 def open_dataset(id):
     """A Minari data set, downloaded if it is missing. Exits with one line if it cannot be had."""
     path, download = get_dataset_path(id), f"minari download {id} --force"
-    command = "python examples/import_d4rl.py FILE.hdf5" if "medium-replay" in id else download  # from D4RL's file
+    command = "python examples/import_d4rl.py FILE.hdf5" if "-replay-v" in id else download  # from D4RL's file
     try:
         if not Path(path, "data").exists():
             hosting.download_dataset(id)
@@ -165,14 +165,15 @@ def load_dataset(env, dataset, normalize_obs, device):
     columns, episodes, clipped = [], [], 0
     for episode in (d[i] for d in sets for i in range(len(d))):  # iterating over d would cache 50 kB per episode
         obs, terminal, T = episode.observations, episode.terminations, len(episode)
-        rows = np.stack([gym.spaces.flatten(space, x) for x in iterate(batch_space(space, T + 1), obs)])
+        rows = [gym.spaces.flatten(space, x) for x in iterate(batch_space(space, T + 1), obs)]
+        rows = np.stack(rows, dtype=np.float32)
         if maze:  # the recording goes on after success, which ends the task
             terminal = np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1)[1:] <= 0.45
             T = terminal.argmax() + 1 if terminal.any() else T
         action = np.clip(episode.actions[:T], low, high)  # as simulators do
         clipped += (action != episode.actions[:T]).any(axis=1).sum()
         action = 2 * (action - low) / (high - low) - 1
-        columns.append((rows[:T], action, episode.rewards[:T], rows[1 : T + 1], terminal[:T]))
+        columns.append((rows[:T], action, episode.rewards[:T].ravel(), rows[1 : T + 1], terminal[:T]))
         episodes.append((episode.rewards.sum(), terminal.any(), len(episode)))
     columns = [np.concatenate(column, dtype=np.float32) for column in zip(*columns)]
     data = dict(zip(("obs", "action", "reward", "next_obs", "terminal"), columns))
@@ -375,6 +376,7 @@ def make_env(environment):
     """An environment by its id and keyword arguments alone, so that no code is run that a data set names."""
     gym.logger.min_level = gym.logger.ERROR  # data need the version that they were recorded in, newer or not
     if environment["id"] not in gym.registry:
+        sys.modules.setdefault("farama_notifications", None)  # silences a notice about other environments
         import gymnasium_robotics
 
         gym.register_envs(gymnasium_robotics)
@@ -387,8 +389,8 @@ def make_env(environment):
 
 def rollout(make_act, weights, info, environment, seeds):
     """A worker's job: one policy's episodes, one per seed, in lockstep. Returns [n, 3]: return, success, length."""
-    torch.manual_seed(seeds[0])  # for policies that sample
     act, space = make_act(weights, info), deserialize_space(info["observation_space"])
+    torch.manual_seed(seeds[0])  # for policies that sample
     envs = [make_env(environment) for _ in seeds]
     obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
     result, running = np.zeros((len(seeds), 3)), list(range(len(seeds)))
@@ -407,7 +409,7 @@ def evaluate(make_act, policies, info, environment, seeds, workers):
     """Means over one episode per seed: metric -> list of one value per policy, each the weights for make_act."""
     chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]  # of a size that does not depend on the workers
     jobs = [delayed(rollout)(make_act, weights, info, environment, chunk) for weights in policies for chunk in chunks]
-    with parallel_config("loky", inner_max_num_threads=1, idle_worker_timeout=20):
+    with parallel_config("loky", inner_max_num_threads=1, idle_worker_timeout=20), torch.random.fork_rng():
         result = np.concatenate(Parallel(workers, max_nbytes=None)(jobs)).reshape(len(policies), len(seeds), 3)
     returns, success, length = result.mean(axis=1).T
     low, high = info["reference"]
@@ -433,7 +435,7 @@ def open_run(args, about, model, optimizer, device):
     path = next((p for p in (folder / f"{STAGE}.ckpt", folder / f"{STAGE}.pt") if p.exists() and args.resume), None)
     if path is None:
         for old in [old for pattern in FILES for old in folder.glob(pattern)]:
-            date = time.strftime("%Y%m%d-%H%M%S", time.localtime(old.stat().st_mtime))
+            date = time.strftime(f"%Y%m%d-%H%M%S-{old.stat().st_mtime_ns % 10**9}", time.localtime(old.stat().st_mtime))
             print(f"{old} of an earlier run is now {old.rename(old.with_stem(f'{old.stem}-{date}'))}")
         return folder, 0
     state = load(path, device)
@@ -464,7 +466,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     for name, value in vars(args).items():
         numbers = [x for x in np.atleast_1d(value).tolist() if type(x) in (int, float)]
-        if not all(x > 0 or x == 0 and name in ("seed", "eval_every") for x in numbers):
+        if not all(0 < x < np.inf or x == 0 and name in ("seed", "eval_every") for x in numbers):
             sys.exit(f"error: --{name.replace('_', '-')} {value}: must be positive")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
@@ -480,16 +482,14 @@ if __name__ == "__main__":
     args.beta = args.beta or (BETAS.get(domain, {}).get(level, 0.05),)
     args.q_grad_norm = args.q_grad_norm or ("rms" if info["maze"] else "none")
     args.hidden_layers = args.hidden_layers or (4 if info["maze"] else 2)
-    print(f"{args.steps:,} steps of {args.batch_size} on {device}, beta {args.beta}, Q's gradient", end=" ")
-    print(f"divided by norm: {args.q_grad_norm}, {args.hidden_layers} hidden layers")
-
+    print(f"{args.steps:,} x {args.batch_size} on {device}: {args.beta=}, {args.q_grad_norm=}, {args.hidden_layers=}")
     artifacts, sources = {}, {}
     for stage in ("critic", "behavior"):
         path = getattr(args, stage) or Path(args.out_dir, args.run_name or args.env.replace("/", "-"), f"{stage}.pt")
         artifacts[stage] = load(path)
         for name, here in ({"stage": stage, "format": 4} | info).items():
             if (there := artifacts[stage].get(name)) != here:
-                sys.exit(f"error: {path} has {name} = {there}, not {here}: run srpo_{stage}.py on the same data")
+                sys.exit(f"error: {path} has {name} = {there!r:.99}, not {here!r:.99}: run srpo_{stage}.py again")
         sources[stage] = zlib.crc32(b"".join(x.numpy().tobytes() for x in artifacts[stage]["weights"].values()))
     seeds = both = [seed for seed in artifacts["critic"]["seeds"] if seed in artifacts["behavior"]["seeds"]]
     if args.seed is not None or args.num_seeds is not None:

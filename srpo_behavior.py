@@ -99,7 +99,7 @@ def minari_ids(env):
 def open_dataset(id):
     """A Minari data set, downloaded if it is missing. Exits with one line if it cannot be had."""
     path, download = get_dataset_path(id), f"minari download {id} --force"
-    command = "python examples/import_d4rl.py FILE.hdf5" if "medium-replay" in id else download  # from D4RL's file
+    command = "python examples/import_d4rl.py FILE.hdf5" if "-replay-v" in id else download  # from D4RL's file
     try:
         if not Path(path, "data").exists():
             hosting.download_dataset(id)
@@ -134,14 +134,15 @@ def load_dataset(env, dataset, normalize_obs, device):
     columns, episodes, clipped = [], [], 0
     for episode in (d[i] for d in sets for i in range(len(d))):  # iterating over d would cache 50 kB per episode
         obs, terminal, T = episode.observations, episode.terminations, len(episode)
-        rows = np.stack([gym.spaces.flatten(space, x) for x in iterate(batch_space(space, T + 1), obs)])
+        rows = [gym.spaces.flatten(space, x) for x in iterate(batch_space(space, T + 1), obs)]
+        rows = np.stack(rows, dtype=np.float32)
         if maze:  # the recording goes on after success, which ends the task
             terminal = np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1)[1:] <= 0.45
             T = terminal.argmax() + 1 if terminal.any() else T
         action = np.clip(episode.actions[:T], low, high)  # as simulators do
         clipped += (action != episode.actions[:T]).any(axis=1).sum()
         action = 2 * (action - low) / (high - low) - 1
-        columns.append((rows[:T], action, episode.rewards[:T], rows[1 : T + 1], terminal[:T]))
+        columns.append((rows[:T], action, episode.rewards[:T].ravel(), rows[1 : T + 1], terminal[:T]))
         episodes.append((episode.rewards.sum(), terminal.any(), len(episode)))
     columns = [np.concatenate(column, dtype=np.float32) for column in zip(*columns)]
     data = dict(zip(("obs", "action", "reward", "next_obs", "terminal"), columns))
@@ -291,7 +292,7 @@ def open_run(args, about, model, optimizer, device):
     path = next((p for p in (folder / f"{STAGE}.ckpt", folder / f"{STAGE}.pt") if p.exists() and args.resume), None)
     if path is None:
         for old in [old for pattern in FILES for old in folder.glob(pattern)]:
-            date = time.strftime("%Y%m%d-%H%M%S", time.localtime(old.stat().st_mtime))
+            date = time.strftime(f"%Y%m%d-%H%M%S-{old.stat().st_mtime_ns % 10**9}", time.localtime(old.stat().st_mtime))
             print(f"{old} of an earlier run is now {old.rename(old.with_stem(f'{old.stem}-{date}'))}")
         return folder, 0
     state = load(path, device)
@@ -314,7 +315,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     for name, value in vars(args).items():
         numbers = [x for x in np.atleast_1d(value).tolist() if type(x) in (int, float)]
-        if not all(x > 0 or x == 0 and name in ("seed", "eval_every") for x in numbers):
+        if not all(0 < x < np.inf or x == 0 and name in ("seed", "eval_every") for x in numbers):
             sys.exit(f"error: --{name.replace('_', '-')} {value}: must be positive")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")

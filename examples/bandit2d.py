@@ -89,21 +89,19 @@ DISTRIBUTIONS = {
 
 
 class Linear(nn.Module):
-    """R independent nn.Linear layers, x [R, B, n_in] -> [R, B, n_out], drawn as nn.Linear is, by own generators."""
+    """R independent nn.Linear layers with nn.Linear's initial distribution: x [R, B, n_in] -> [R, B, n_out]."""
 
-    def __init__(self, n_in, n_out, generators):
+    def __init__(self, n_in, n_out, R):
         super().__init__()
-        weight, bias = torch.empty(len(generators), n_out, n_in), torch.empty(len(generators), 1, n_out)
-        for r, generator in enumerate(generators):
-            weight[r].uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator)
-            bias[r].uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator)
-        self.weight, self.bias = nn.Parameter(weight.mT.contiguous()), nn.Parameter(bias)
+        bound = n_in**-0.5
+        self.weight = nn.Parameter(torch.empty(R, n_in, n_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(R, 1, n_out).uniform_(-bound, bound))
 
     def forward(self, x):
         return torch.baddbmm(self.bias, x, self.weight)
 
 
-BETA_0, BETA_1 = 0.1, 20.0
+BETA_0, BETA_1 = 0.1, 20.0  # of the noise schedule
 
 
 def alpha_sigma(t):
@@ -115,14 +113,13 @@ def alpha_sigma(t):
 class NoiseModel(nn.Module):
     """eps_psi(a_t | t), the noise in a_t: a_t [R, B, 2], t [R, B, 1] -> [R, B, 2]."""
 
-    def __init__(self, generators):
+    def __init__(self, R):
         super().__init__()
-        W = torch.stack([torch.randn(3, 64, generator=generator) for generator in generators])
-        self.register_buffer("W", 0.3 * W)  # frequencies of action and noise level, never trained
+        self.register_buffer("W", 0.3 * torch.randn(R, 3, 64))  # frequencies of action and noise level, never trained
         sizes = [3 + 128, 128, 128, 128, 2]
         layers = []
         for n_in, n_out in zip(sizes, sizes[1:]):
-            layers += [Linear(n_in, n_out, generators), nn.SiLU()]
+            layers += [Linear(n_in, n_out, R), nn.SiLU()]
         self.net = nn.Sequential(*layers[:-1])
 
     def forward(self, a_t, t):
@@ -138,9 +135,9 @@ def draw(data, batch_size):
     return data.gather(1, index.expand(-1, -1, 2))
 
 
-def train_behavior(data, generators, steps, batch_size=256):
+def train_behavior(data, steps, batch_size=256):
     """Noise prediction (Eq. 13) of all distributions at once, data [R, N, 2]; the learning rate on a cosine to 0."""
-    eps_psi = NoiseModel(generators)
+    eps_psi = NoiseModel(len(data))
     optimizer = torch.optim.Adam(eps_psi.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in trange(steps, desc="behavior"):
@@ -257,12 +254,12 @@ def reverse_kl_gaussian(data, targets, betas):
 class VAE(nn.Module):
     """A variational autoencoder with two latent variables and a Gaussian decoder of learned variance."""
 
-    def __init__(self, generators):
+    def __init__(self, R):
         super().__init__()
 
         def net(n_out):
-            hidden = Linear(2, 128, generators), nn.SiLU(), Linear(128, 128, generators), nn.SiLU()
-            return nn.Sequential(*hidden, Linear(128, n_out, generators))
+            hidden = Linear(2, 128, R), nn.SiLU(), Linear(128, 128, R), nn.SiLU()
+            return nn.Sequential(*hidden, Linear(128, n_out, R))
 
         self.encoder, self.decoder = net(4), net(3)
 
@@ -276,8 +273,8 @@ class VAE(nn.Module):
         return reconstruction - ((mean**2 + torch.exp(2 * log_std)) / 2 - log_std - 0.5).sum(-1)
 
 
-def train_vae(data, generators, steps, batch_size=256):
-    vae = VAE(generators)
+def train_vae(data, steps, batch_size=256):
+    vae = VAE(len(data))
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
     for _ in trange(steps, desc="VAE"):
         optimizer.zero_grad()
@@ -368,16 +365,15 @@ if __name__ == "__main__":
     names = list(DISTRIBUTIONS)[: 1 if args.quick else None]
     steps, cells, side = (args.steps // 4, 32, 5) if args.quick else (args.steps, 64, 9)
     data = torch.stack([torch.from_numpy(DISTRIBUTIONS[name](20_000, rng)).float() for name in names])
-    generators = [torch.Generator().manual_seed(args.seed + r) for r in range(len(names))]
 
-    eps_psi = train_behavior(data, generators, steps)
+    eps_psi = train_behavior(data, steps)
     support = Support(eps_psi, cells, len(names))
     for name, mass in zip(names, support.mass):
         print(f"{name}: the density sums to {mass:.3f} over the picture")
 
     axis = torch.linspace(-4.4, 4.4, side)
     targets = torch.cartesian_prod(axis, axis).expand(len(names), -1, 2)
-    vae = train_vae(data, generators, steps // 2)
+    vae = train_vae(data, steps // 2)
     betas = np.array([10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01])
     srpo, default, one_time = (
         "Eq. 15, alpha / sigma",

@@ -8,31 +8,22 @@ the sample that IDQL would take. With --episodes N, also what that mean scores a
 --times T ..., what the score term of Eq. 15 is in that mean at each of these times: about 0, were the model exact.
 """
 
+import os
 import sys
+import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import srpo_actor
-from eval import (
-    BehaviorModel,
-    TwinQ,
-    alpha_sigma,
-    checksum,
-    flatten,
-    load_artifact,
-    make_env,
-    mlp,
-    rollout,
-    sample_actions,
-    select,
-)
+from eval import alpha_sigma, evaluate, load_artifact, make_networks, mlp, sample_actions, select
+from srpo_actor import load_dataset
 
 
 @dataclass
@@ -86,13 +77,14 @@ def score_term(behavior, s, a, t, draws=256):
     return here.square().mean().sqrt(), ((beside - here) * direction).sum(dim=-1).mean() / 0.1
 
 
-def make_mean_act(behavior, info, samples, steps):
-    """The mean of the samples as a policy, act(obs [n, S]) -> [n, A] in the environment's units."""
-    low, high = torch.tensor(info["action_low"]), torch.tensor(info["action_high"])
+def make_mean_act(weights, info, samples, steps):
+    """The mean of the samples as a policy, act(obs [B, S]) -> [B, A] in the environment's units."""
+    behavior, _ = make_networks(weights, info)
+    mean, std, low, high = (np.float32(info[name]) for name in ("obs_mean", "obs_std", "action_low", "action_high"))
 
     def act(obs):
-        a = sample(behavior, torch.from_numpy(flatten(obs)), samples, steps).mean(dim=1)
-        return (low + (high - low) * (a + 1) / 2).numpy()
+        s = torch.from_numpy((np.asarray(obs, np.float32) - mean) / std)
+        return low + (high - low) * (sample(behavior, s, samples, steps).mean(dim=1).numpy() + 1) / 2
 
     return act
 
@@ -100,34 +92,37 @@ def make_mean_act(behavior, info, samples, steps):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     torch.set_grad_enabled(False)
-    remedy = "run `python srpo_actor.py`"
-    artifact, frozen = load_artifact(args.run / "actor.pt", "actor", remedy), []
+    artifact = load_artifact(args.run / "actor.pt", "actor")
+    info, there = {name: x for name, x in artifact.items() if name != "weights"}, {}
     for stage in ("behavior", "critic"):
-        path = artifact["args"][stage] or args.run / f"{stage}.pt"
-        frozen.append(load_artifact(path, stage, remedy))
-        if checksum(frozen[-1]["weights"]) != artifact["sources"][stage]:
-            sys.exit(f"error: {path} is not what the policy was trained on: {remedy} again")
-    data, info = srpo_actor.load_dataset(artifact["env"], artifact["args"]["dataset"], "cpu")
-    if info["fingerprint"] != artifact["fingerprint"]:
-        sys.exit(f"error: {args.run / 'actor.pt'} was trained on other data: {remedy} again")
+        path = info["args"][stage] or args.run / f"{stage}.pt"
+        there[stage] = load_artifact(path, stage)
+        if (
+            zlib.crc32(b"".join(x.numpy().tobytes() for x in there[stage]["weights"].values()))
+            != info["sources"][stage]
+        ):
+            sys.exit(f"error: {path} is not what the policy was trained on: run `python srpo_actor.py` again")
+    info["predict"] = there["behavior"]["args"]["predict"]
+    data, task = load_dataset(info["env"], info["args"]["dataset"], info["args"]["normalize_obs"], "cpu")
+    if any(info[name] != x for name, x in task.items()):
+        sys.exit(f"error: {args.run / 'actor.pt'} was trained on other data: run `python srpo_actor.py` again")
     if args.episodes and not info["environments"]:
-        sys.exit(f"error: the data of {artifact['env']} name no environment: leave out --episodes")
-    S, A = info["state_dim"], info["action_dim"]
+        sys.exit(f"error: the data of {info['env']} name no environment: leave out --episodes")
+    weights, networks = {}, {}
+    for seed in dict.fromkeys(info["seeds"]):
+        one = select(there["behavior"], [seed]), select(there["critic"], [seed], "q_target.")
+        weights[seed] = [{name: x.numpy() for name, x in network.items()} for network in one]
+        networks[seed] = make_networks(weights[seed], info)
+    policy = mlp([info["state_dim"]] + [256] * info["hidden_layers"] + [info["action_dim"]], 1).append(nn.Tanh())
+
     print("  seed   beta  distance  samples'  Q: policy  samples   IDQL's")
-    behaviors = {}
-    for r, (seed, beta) in enumerate(zip(artifact["seeds"], artifact["betas"])):
+    for r, (seed, beta) in enumerate(zip(info["seeds"], info["betas"])):
         torch.manual_seed(0)  # the same states and noise for all
-        one = [torch.Generator()]
-        policy = mlp([S] + [256] * artifact["hidden_layers"] + [A], one).append(nn.Tanh())
         policy.load_state_dict({name: x[r : r + 1] for name, x in artifact["weights"].items()})
-        behavior, q_target = BehaviorModel(S, A, one).eval(), TwinQ(S, A, one)  # no dropout
-        for network, there, prefix in zip((behavior, q_target), frozen, ("", "q_target.")):
-            network.load_state_dict(select(there["weights"], there["seeds"], [seed], prefix))
         s = data["obs"][torch.randint(len(data["obs"]), (args.states,))]
-        row = compare(policy, behavior, q_target, s, args.samples, args.sampler_steps)
+        row = compare(policy, *networks[seed], s, args.samples, args.sampler_steps)
         print(f"{seed:6d} {beta:6g} {row[0]:9.3f} {row[1]:9.3f}" + "".join(f" {q:9.2f}" for q in row[2:]))
-        behaviors[seed] = behavior
-    for seed, behavior in behaviors.items() if args.times else ():
+    for seed, (behavior, _) in networks.items() if args.times else ():
         torch.manual_seed(0)
         print("  seed      t     error     slope  error / slope")
         s = data["obs"][torch.randint(len(data["obs"]), (args.states,))]
@@ -135,12 +130,10 @@ if __name__ == "__main__":
         for t in args.times:
             error, slope = score_term(behavior, s, a, t)
             print(f"{seed:6d} {t:6g} {error:9.3f} {slope:9.3f} {error / slope:14.3f}", flush=True)
-    for seed, behavior in behaviors.items() if args.episodes else ():
-        act = make_mean_act(behavior, info, args.samples, args.sampler_steps)
-        make = partial(make_env, info["environments"][artifact["args"]["eval_env"]])
+    if args.episodes:
+        environment = info["environments"][info["args"]["eval_env"]]
+        make = partial(make_mean_act, samples=args.samples, steps=args.sampler_steps)
         test = range(1_000_000, 1_000_000 + args.episodes)  # eval.py's
-        torch.manual_seed(test.start)
-        returns, success, _ = rollout(act, make, test, info["maze"]).T
-        worst, best = info["reference"]
-        score = 100 * ((success if info["maze"] else returns).mean() - worst) / (best - worst)
-        print(f"seed {seed}: the mean of {args.samples} samples as a policy has score {score:.1f}", flush=True)
+        result = evaluate(make, list(weights.values()), info, environment, test, os.cpu_count())
+        for seed, score in zip(networks, result["eval/score"]):
+            print(f"seed {seed}: the mean of {args.samples} samples as a policy has score {score:.1f}")

@@ -26,7 +26,7 @@ class Args:
     run_name: str | None = None
     """read <out-dir>/<run-name>/critic.pt (default: the task's name)"""
     out_dir: str = "runs"
-    """where the runs are kept"""
+    """folder of all runs"""
 
 
 def successes(data):
@@ -53,22 +53,21 @@ def spearman(x, y):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    env = args.env.removesuffix("-v2") if args.env.removesuffix("-v2") in srpo_critic.TASKS else args.env
-    path = Path(args.out_dir, args.run_name or env.replace("/", "-"), "critic.pt")
-    artifact = load_artifact(path, "critic", f"run `python srpo_critic.py --env {env}`")
+    path = Path(args.out_dir, args.run_name or args.env.replace("/", "-"), "critic.pt")
+    artifact = load_artifact(path, "critic")
     if not artifact["maze"]:
-        sys.exit(f"error: {env} is no maze, its episodes have no goal to order states by: name a maze")
-    data, info = srpo_critic.load_dataset(artifact["env"], artifact["args"]["dataset"], "cpu")
-    if info["fingerprint"] != artifact["fingerprint"]:
-        sys.exit(f"error: {path} was trained on other data: run `python srpo_critic.py --env {env}` again")
-    generators = [torch.Generator() for _ in artifact["seeds"]]
-    critic = srpo_critic.Critic(info["state_dim"], info["action_dim"], generators)
+        sys.exit(f"error: {args.env} is no maze, its episodes have no goal to order states by: name a maze")
+    flags = artifact["args"]
+    data, info = srpo_critic.load_dataset(artifact["env"], flags["dataset"], flags["normalize_obs"], "cpu")
+    if any(artifact[name] != x for name, x in info.items()):
+        sys.exit(f"error: {path} was trained on other data: run `python srpo_critic.py --env {args.env}` again")
+    critic = srpo_critic.Critic(info["state_dim"], info["action_dim"], len(artifact["seeds"]))
     critic.load_state_dict(artifact["weights"])
     episodes = [e for e in successes(data) if e.stop - e.start > 2]
     if not episodes:
-        sys.exit(f"error: no episode of {env} takes some steps to succeed: there is no order to measure")
+        sys.exit(f"error: no episode of {args.env} takes some steps to succeed: there is no order to measure")
     with torch.no_grad():
-        v = torch.cat([critic.v(s.expand(len(generators), -1, -1)) for s in data["obs"].split(10_000)], dim=1)
+        v = torch.cat([critic.v(s.expand(len(artifact["seeds"]), -1, -1)) for s in data["obs"].split(10_000)], dim=1)
     v = v.squeeze(-1).numpy()
     for seed, value in zip(artifact["seeds"], v):
         order = [spearman(value[e], np.arange(e.stop - e.start)) for e in episodes]

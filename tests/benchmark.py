@@ -13,14 +13,12 @@ import copy
 import json
 import os
 import resource
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from minari.data_collector import EpisodeBuffer
+from minari.serialization import serialize_space
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -46,6 +45,8 @@ STATE_DIM, ACTION_DIM, N = 17, 6, 1_000_000  # of halfcheetah-medium
 class Args:
     quick: bool = False
     """rougher numbers, in less than a minute on 2 cores"""
+    compile: bool = False
+    """also measure the updates passed through torch.compile, which takes minutes to compile"""
     json: bool = False
     """print numbers for another program instead of a table"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -177,52 +178,51 @@ def plain_actor(data, args, device):
 
 
 def our_critic(data, args, device, seeds, betas):
-    generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
     args.expectile = 0.7
-    critic = srpo_critic.Critic(STATE_DIM, ACTION_DIM, generators).to(device)
-    parameters = [p for p in critic.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=True, capturable=device.type == "cuda")
+    critic = srpo_critic.Critic(STATE_DIM, ACTION_DIM, seeds).to(device)
+    lr, fast = torch.tensor(args.lr, device=device), {"fused": True, "capturable": device.type == "cuda"}
+    optimizer = torch.optim.Adam([p for p in critic.parameters() if p.requires_grad], lr=lr, **fast)
     window = torch.zeros(len(srpo_critic.METRICS), seeds, device=device)
 
     def draw():
-        return srpo_critic.sample(data, seeds, args.batch_size)
+        index = torch.randint(len(data["obs"]), (seeds, args.batch_size), device=device)
+        return [column[index] for column in data.values()]
 
-    update = srpo_critic.make_update(args, critic, optimizer, draw, window)
-    return update, critic, optimizer, (window,)
+    return srpo_critic.make_update(args, critic, optimizer, draw, window, 0), critic, optimizer, window
 
 
 def our_behavior(data, args, device, seeds, betas):
-    generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
-    model = srpo_behavior.BehaviorModel(STATE_DIM, ACTION_DIM, generators).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True, capturable=device.type == "cuda")
+    model = srpo_behavior.BehaviorModel(STATE_DIM, ACTION_DIM, seeds, "eps").to(device)
+    lr, fast = torch.tensor(args.lr, device=device), {"fused": True, "capturable": device.type == "cuda"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, **fast)
     window = torch.zeros(len(srpo_behavior.METRICS), seeds, device=device)
-    data = {name: data[name] for name in ("obs", "action")}
 
     def draw():
-        s, a = srpo_behavior.sample(data, seeds, args.batch_size)
-        return s, a, *srpo_behavior.sample_noise(a.shape, 0.001, 1.0, device)
+        index = torch.randint(len(data["obs"]), (seeds, args.batch_size), device=device)
+        s, a = data["obs"][index], data["action"][index]
+        t = torch.empty(seeds, args.batch_size, 1, device=device).uniform_(0.001, 1)
+        return s, a, t, torch.randn_like(a)
 
-    return srpo_behavior.make_update(args, model, optimizer, draw, window), model, optimizer, (window,)
+    return srpo_behavior.make_update(args, model, optimizer, draw, window, 0), model, optimizer, window
 
 
 def our_actor(data, args, device, seeds, betas):
-    R, generators = seeds * betas, [torch.Generator().manual_seed(seed) for seed in range(seeds)]
-    args.beta, args.q_grad_norm = tuple(0.01 * (k + 1) for k in range(betas)), "none"
-    each = [g for g in generators for _ in args.beta]
-    policy = srpo_actor.mlp([STATE_DIM, 256, 256, ACTION_DIM], each).append(nn.Tanh()).to(device)
-    q_target = srpo_actor.TwinQ(STATE_DIM, ACTION_DIM, generators).to(device).requires_grad_(False)
-    behavior = srpo_actor.BehaviorModel(STATE_DIM, ACTION_DIM, generators).to(device).requires_grad_(False).eval()
+    R, args.beta, args.q_grad_norm = seeds * betas, tuple(0.01 * (k + 1) for k in range(betas)), "none"
+    policy = srpo_actor.mlp([STATE_DIM, 256, 256, ACTION_DIM], R).append(nn.Tanh()).to(device)
+    q_target = srpo_actor.TwinQ(STATE_DIM, ACTION_DIM, seeds).to(device).requires_grad_(False)
+    behavior = srpo_actor.BehaviorModel(STATE_DIM, ACTION_DIM, seeds, "eps").to(device).requires_grad_(False).eval()
     beta = torch.tensor(args.beta, device=device).repeat(seeds).view(-1, 1, 1)
-    lr, done = torch.tensor(args.lr, device=device), torch.zeros((), device=device)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=True, capturable=device.type == "cuda")
+    lr, fast = torch.tensor(args.lr, device=device), {"fused": True, "capturable": device.type == "cuda"}
+    optimizer = torch.optim.Adam(policy.parameters(), lr=lr, **fast)
     window = torch.zeros(len(srpo_actor.METRICS), R, device=device)
 
     def draw():
-        (s,) = srpo_actor.sample({"obs": data["obs"]}, R, args.batch_size)
-        return s, *srpo_actor.sample_noise((*s.shape[:2], ACTION_DIM), 0.02, 0.98, device)
+        index = torch.randint(len(data["obs"]), (R, args.batch_size), device=device)
+        t = torch.empty(R, args.batch_size, 1, device=device).uniform_(0.02, 0.98)
+        return data["obs"][index], t, torch.randn(R, args.batch_size, ACTION_DIM, device=device)
 
-    update = srpo_actor.make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, done)
-    return update, policy, optimizer, (window, done)
+    update = srpo_actor.make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, 0)
+    return update, policy, optimizer, window
 
 
 STAGES = {  # stage -> its script, the plain loop, ours, seeds x betas
@@ -282,25 +282,35 @@ def floor_milliseconds(update, model, rates):
     return 1000 * max(counter.get_total_flops() / 2 / rates[0], traffic / rates[1])
 
 
-def measure_stage(stage, data, device, rates, quick):
-    """replicas -> {"ms", "plain_ms", "floor_ms"}, on CUDA also "eager_ms" and "peak_mb", for one stage."""
+def measure_stage(stage, data, device, rates, quick, compiled):
+    """For one stage, replicas -> {"ms", "plain_ms", "floor_ms"}, on CUDA also "eager_ms" and "peak_mb".
+
+    compiled: also "compiled_ms", the same update by torch.compile.
+    """
     script, plain, ours, grids = STAGES[stage]
     updates, result = {"plain": plain(data, script.Args(env=""), device)}, {}
     for seeds, betas in grids:
         R = str(seeds * betas)
-        update, model, optimizer, tensors = ours(data, script.Args(env=""), device, seeds, betas)
+        update, model, _, _ = ours(data, script.Args(env=""), device, seeds, betas)
         result[R] = {"floor_ms": floor_milliseconds(update, model, rates)}
         if device.type == "cuda":
             updates[f"{R} eager"] = update
             torch.cuda.reset_peak_memory_stats()
-            update = script.capture(update, optimizer, *tensors, *model.state_dict().values())
+            update = script.capture(update).__next__
+            for _ in range(5):  # past the recording
+                update()
             result[R]["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
         updates[R] = update
+        if compiled:
+            other = torch.compile(ours(data, script.Args(env=""), device, seeds, betas)[0])
+            updates[f"{R} compiled"] = script.capture(other).__next__ if device.type == "cuda" else other
     ms = milliseconds(updates, device, *((0.3, 3) if quick else (2, 7)))
     for R, row in result.items():
         row |= {"ms": ms[R], "plain_ms": ms["plain"]}
         if device.type == "cuda":
             row["eager_ms"] = ms[f"{R} eager"]
+        if compiled:
+            row["compiled_ms"] = ms[f"{R} compiled"]
     return result
 
 
@@ -321,7 +331,7 @@ def make_set(id):
 def load_set(id):
     """Seconds and peak memory of load_dataset; the peak is a process's, so this is called in one of its own."""
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    data, _ = srpo_critic.load_dataset(id, None, "cpu")
+    data, _ = srpo_critic.load_dataset(id, None, False, "cpu")
     seconds = time.perf_counter() - start
     peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     return {"seconds": seconds, "peak_over_tensors": peak / sum(x.nbytes for x in data.values())}
@@ -341,29 +351,35 @@ def measure_loading():
 def measure_evaluation(quick):
     """Environment steps per second of evaluate(), for one and two workers: workers -> steps/s."""
     environment = {"id": "HalfCheetah-v5", "kwargs": {}, "max_episode_steps": 200 if quick else 1000}
-    info = {"maze": False, "action_low": [-1.0] * ACTION_DIM, "action_high": [1.0] * ACTION_DIM, "reference": (0, 1)}
-    policy = srpo_actor.mlp([STATE_DIM, 256, 256, ACTION_DIM], [torch.Generator()])
-    policies, result = [srpo_actor.policy_weights(policy.state_dict(), 0)], {}
+    space = gym.spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float64)
+    info = {"maze": False, "reference": (0, 1), "observation_space": serialize_space(space)}
+    info |= {"obs_mean": [0.0] * STATE_DIM, "obs_std": [1.0] * STATE_DIM}
+    info |= {"action_low": [-1.0] * ACTION_DIM, "action_high": [1.0] * ACTION_DIM}
+    policy = [x[0].numpy() for x in srpo_actor.mlp([STATE_DIM, 256, 256, ACTION_DIM], 1).state_dict().values()]
+    result = {}
     for workers in (1, 2):
-        with srpo_actor.start_workers(workers, signal.SIG_DFL) as pool:
-            evaluate = partial(srpo_actor.evaluate, pool, srpo_actor.make_act, policies, info, environment)
-            evaluate(range(10 * workers))  # starts them
-            start = time.perf_counter()
-            lengths = evaluate(range(40))["eval/episode_length"]
-            result[str(workers)] = lengths.sum() / (time.perf_counter() - start)
+
+        def run(seeds, workers=workers):
+            metrics = srpo_actor.evaluate(srpo_actor.make_act, [policy], info, environment, seeds, workers)
+            return metrics["eval/episode_length"][0] * len(seeds)
+
+        run(range(10 * workers))  # starts them
+        start = time.perf_counter()
+        result[str(workers)] = run(range(40)) / (time.perf_counter() - start)
     return result
 
 
 def table(result, device):
     """The rows of the three stages, ready for README."""
     lines = [
-        f"| {device} | ms/step | plain | ours / (replicas x plain) | floor | ours / floor |",
-        "|---|---|---|---|---|---|",
+        f"| {device} | ms/step | plain | ours / (replicas x plain) | floor | ours / floor | `--compile` |",
+        "|---|---|---|---|---|---|---|",
     ]
     for stage in STAGES:
         for R, row in result[stage].items():
             ms, plain, floor = row["ms"], row["plain_ms"], row["floor_ms"]
             cells = (f"{ms:.4g}", f"{plain:.4g}", f"{ms / plain / int(R):.2f}", f"{floor:.3g}", f"{ms / floor:.1f}")
+            cells += (f"{row['compiled_ms']:.4g}" if "compiled_ms" in row else "",)
             lines.append(f"| {stage}, {R} replica{'s' * (R != '1')} | " + " | ".join(cells) + " |")
     return lines
 
@@ -371,11 +387,12 @@ def table(result, device):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     result = {"loading": measure_loading(), "evaluation": measure_evaluation(args.quick)}
-    device = srpo_critic.setup(srpo_critic.Args(env="", device=args.device))  # TF32 and memory for ours and plain alike
+    device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = True  # for ours and plain alike
     torch.manual_seed(0)
     data, rates = random_data(device), hardware(device)
     for stage in STAGES:
-        result[stage] = measure_stage(stage, data, device, rates, args.quick)
+        result[stage] = measure_stage(stage, data, device, rates, args.quick, args.compile)
     result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if args.json:
         print(json.dumps(result))

@@ -12,10 +12,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side, on one thread
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import gymnasium as gym
+import httpx2
 import minari
 import numpy as np
 import pytest
 from minari.data_collector import EpisodeBuffer
+from minari.storage import hosting
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,6 +73,16 @@ def data_root(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def in_empty_folder(data_root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """What a download ends with where there is no network, at once instead of after half a minute of attempts."""
+
+    def download_dataset(id, force_download=False):
+        raise httpx2.ConnectError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(hosting, "download_dataset", download_dataset)
 
 
 def command(script, *flags):

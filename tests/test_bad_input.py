@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, create, episode, run, run_here
+from minari.storage import get_dataset_path
 
 VECTOR = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACTION = gym.spaces.Box(-1, 1, (2,), np.float32)
@@ -19,170 +20,195 @@ IMAGE = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
 @pytest.fixture(scope="module", autouse=True)
 def bad_data(data_root):
     obs, actions, rewards = np.zeros((4, 3), np.float32), np.zeros((3, 2), np.float32), np.zeros(3)
-    nan = obs.copy()
-    nan[1, 1] = np.nan
+    images, nan, nan_action = np.zeros((4, *IMAGE.shape), np.uint8), obs.copy(), actions.copy()
+    nan[1, 1] = nan_action[2, 0] = np.nan
 
     def save(name, episodes, observation_space=VECTOR, action_space=ACTION):
         create(f"bad/{name}-v0", episodes, observation_space=observation_space, action_space=action_space)
 
+    def save_obs(name, space, obs):
+        save(name, [episode(obs, actions, rewards)], observation_space=space)
+
     save("nan", [episode(nan, actions, rewards)])
+    save("nan-action", [episode(obs, nan_action, rewards)])
     save("inf-reward", [episode(obs, actions, [0, np.inf, 0])])
-    save("image", [episode(np.zeros((4, 8, 8, 3), np.uint8), actions, rewards)], IMAGE)
-    save(
-        "image-in-dict",
-        [episode({"x": np.zeros((4, 8, 8, 3), np.uint8)}, actions, rewards)],
-        gym.spaces.Dict({"x": IMAGE}),
-    )
-    save("discrete", [episode(obs, np.zeros(3, int), rewards)], action_space=gym.spaces.Discrete(3))
-    save("unbounded", [episode(obs, actions, rewards)], action_space=gym.spaces.Box(-np.inf, np.inf, (2,), np.float32))
+    save("no-last-observation", [episode(obs[:3], actions, rewards)])
+    save("no-last-action", [episode(obs, actions[:2], rewards)])
     save("empty", [])
-    save(
-        "other",
-        [episode(np.ones((4, 3)), np.zeros((3, 1)), rewards)],
-        action_space=gym.spaces.Box(-2, 2, (1,), np.float32),
+    save_obs("image", IMAGE, images)
+    save_obs(
+        "image-in-dict",
+        gym.spaces.Dict({"x": gym.spaces.Dict({"y": IMAGE}), "z": VECTOR}),
+        {"x": {"y": images}, "z": obs},
     )
-    save(
-        "wider",
-        [episode(np.ones((4, 4)), np.zeros((3, 1)), rewards)],
-        gym.spaces.Box(-9, 9, (4,)),
-        gym.spaces.Box(-2, 2, (1,)),
-    )
+    save_obs("image-in-tuple", gym.spaces.Tuple((VECTOR, IMAGE)), (obs, images))
+    save_obs("large", gym.spaces.Box(0, 1, (4097,)), np.zeros((4, 4097), np.float32))
+    save_obs("large-in-all", gym.spaces.Tuple((VECTOR, gym.spaces.Discrete(4094))), (obs, np.zeros(4, int)))
+    for name, space, x in (
+        ("discrete", gym.spaces.Discrete(3), np.zeros(3, int)),
+        ("matrix", gym.spaces.Box(-1, 1, (2, 2)), np.zeros((3, 2, 2))),
+        ("in-dict", gym.spaces.Dict({"x": ACTION}), {"x": actions}),
+        ("unbounded", gym.spaces.Box(-np.inf, np.inf, (2,)), actions),
+        ("half-bounded", gym.spaces.Box(np.float32([-1, 0]), np.float32([1, np.inf])), actions),
+    ):
+        buffer = episode(obs, np.zeros(3), rewards)
+        save(f"actions-{name}", [buffer.__class__(**vars(buffer) | {"actions": x})], action_space=space)
+    other, wider = gym.spaces.Box(-2, 2, (1,)), gym.spaces.Box(-9, 9, (4,))
+    save("other", [episode(np.ones((4, 3)), np.zeros((3, 1)), rewards)], action_space=other)
+    save("wider", [episode(np.ones((4, 4)), np.zeros((3, 1)), rewards)], wider, other)
 
 
+IMAGES = "has images, or observations of more than 4096 numbers: these are not supported"
+ACTIONS = "has actions that are no vectors within bounds: only these are supported"
 DATA = {
-    "hoper-medium": "did you mean hopper-medium",
-    "bad/nam-v0": "run `minari download bad/nam-v0`, or copy it there, or did you mean bad/nan-v0",
-    "zzz": "or did you mean a task of the paper?",
-    "hopper-medium": "run `minari download mujoco/hopper/medium-v0`, or copy it there",  # there is none on this machine
-    "hopper-expert": "run `minari download mujoco/hopper/expert-v0`, or copy it there",
-    "walker2d-simple-v2": "run `minari download mujoco/walker2d/simple-v0`",
-    "hopper-medium-expert": "run `minari download mujoco/hopper/medium-v0 && minari download mujoco/hopper/expert-v0`",
-    "antmaze-large-play-v1": "or did you mean antmaze-large-play",
-    "antmaze-large-play-v2": "run `minari download D4RL/antmaze/large-play-v1`",
-    "hopper-medium-replay": "get D4RL's and name it in every stage, --dataset hopper_medium_replay-v2.hdf5",
-    "no/such-set-v0": "minari download no/such-set-v0",
-    "bad/nan-v0": "values in obs that are not finite",
-    "bad/inf-reward-v0": "values in reward that are not finite",
-    "bad/image-v0": "only vectors of real numbers",
-    "bad/image-in-dict-v0": "only vectors of real numbers",
-    "bad/discrete-v0": "only vectors of real numbers",
-    "bad/unbounded-v0": "give its data set the bounds that a policy must keep",
-    "bad/empty-v0": "is empty",
+    "nan": "has missing or not finite values in obs: repair or leave out their episodes",
+    "nan-action": "has missing or not finite values in action",
+    "inf-reward": "has missing or not finite values in reward",
+    "no-last-observation": "has missing or not finite values in next_obs",
+    "no-last-action": "has missing or not finite values in action",
+    "image": IMAGES,
+    "image-in-dict": IMAGES,
+    "image-in-tuple": IMAGES,
+    "large": IMAGES,
+    "large-in-all": IMAGES,
+    "actions-discrete": ACTIONS,
+    "actions-matrix": ACTIONS,
+    "actions-in-dict": ACTIONS,
+    "actions-unbounded": ACTIONS,
+    "actions-half-bounded": ACTIONS,
+    "empty": "no complete data set bad/empty-v0 (",
 }
 FLAGS = {
     "critic": [
         ("--steps 0", "--steps 0: must be positive"),
         ("--batch-size -1", "--batch-size -1: must be positive"),
         ("--num-seeds 0", "--num-seeds 0: must be positive"),
-        ("--seed -1", "--seed -1: must be 0 or more"),
+        ("--seed -1", "--seed -1: must be positive"),
         ("--lr nan", "--lr nan: must be positive"),
         ("--log-every 0", "--log-every 0: must be positive"),
-        ("--expectile 1.0", "--expectile must be below 1"),
+        ("--checkpoint-every 0", "--checkpoint-every 0: must be positive"),
         ("--expectile 0", "--expectile 0.0: must be positive"),
-        ("--gamma 1.5", "--gamma at most 1"),
         ("--device cuda", "finds no CUDA device: use --device cpu"),
-        ("--out-dir file/runs", "name another place with --out-dir"),
-        ("--out-dir /proc", "name another place with --out-dir"),
     ],
     "behavior": [("--steps -5", "--steps -5: must be positive"), ("--device cuda", "finds no CUDA device")],
     "actor": [
-        ("--beta 0", "--beta 0.0: must be positive"),
-        ("--beta 0.1 -0.5", "--beta -0.5: must be positive"),
+        ("--beta 0", "--beta (0.0,): must be positive"),
+        ("--beta 0.1 -0.5", "--beta (0.1, -0.5): must be positive"),
         ("--weight sigma", "must be sigma2, one, alpha_over_sigma or t=T"),
         ("--weight t=2", "must be sigma2, one, alpha_over_sigma or t=T"),
         ("--weight 0.5", "must be sigma2, one, alpha_over_sigma or t=T"),
         ("--weight t=", "must be sigma2, one, alpha_over_sigma or t=T"),
         ("--weight t=1e-9", "must be sigma2, one, alpha_over_sigma or t=T"),
         ("--weight t=0", "must be sigma2, one, alpha_over_sigma or t=T"),
-        ("--eval-every -1", "--eval-every -1: must be 0 or more"),
+        ("--weight t=.0001", "must be sigma2, one, alpha_over_sigma or t=T"),
+        ("--eval-every -1", "--eval-every -1: must be positive"),
         ("--eval-workers 0", "--eval-workers 0: must be positive"),
+        ("--eval-episodes 0", "--eval-episodes 0: must be positive"),
         ("--hidden-layers 0", "--hidden-layers 0: must be positive"),
+        ("--device cuda", "finds no CUDA device"),
     ],
 }
 
 
+def on_disk():
+    return [sorted(folder.rglob("*")) for folder in (Path(), get_dataset_path())]
+
+
 def refused(message, script, *flags):
-    Path("file").write_text("")
-    before = sorted(Path().rglob("*"))
+    before = on_disk()
     with pytest.raises(SystemExit) as e:
         run_here(script, *flags)
     assert isinstance(e.value.code, str) and "\n" not in e.value.code  # Python prints it and exits with status 1
     assert e.value.code.startswith("error: ") and message in e.value.code
-    assert sorted(Path().rglob("*")) == before
+    assert on_disk() == before
 
 
-@pytest.mark.parametrize("env, message", DATA.items())
-def test_bad_input_data(env, message):
-    refused(message, "srpo_critic.py", "--env", env)
+@pytest.mark.parametrize("name, message", DATA.items())
+def test_bad_input_data(name, message):
+    refused(message, "srpo_critic.py", "--env", f"bad/{name}-v0", *TINY[2:], "--steps", 1)
 
 
-def test_bad_input_missing_data_says_where_to_put_them(data_root):
-    refused(f"not found locally at {data_root / 'D4RL/antmaze/umaze-v1'}", "srpo_critic.py", "--env", "antmaze-umaze")
+def test_bad_input_missing_data_names_the_command_and_the_folder(tmp_path_factory, monkeypatch):
+    empty = tmp_path_factory.mktemp("empty")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(empty))
+    for script in ("srpo_critic.py", "srpo_behavior.py", "srpo_actor.py"):
+        id = "D4RL/antmaze/umaze-v1"
+        message = f"run `minari download {id} --force`, or do so elsewhere and copy it to {empty / id}"
+        refused(message, script, "--env", "antmaze-umaze")
+        refused("run `python examples/import_d4rl.py FILE.hdf5`", script, "--env", "hopper-medium-replay-v2")
+    for id in ("no/version", "no version", "hopper", "../elsewhere-v0"):
+        refused("error: no complete data set ", "srpo_critic.py", "--env", id)
+    assert not list(empty.iterdir())
 
 
-D4RL_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
+IMPORT, D4RL_KEYS = "examples/import_d4rl.py", ("observations", "actions", "rewards", "terminals", "timeouts")
+
+
+def d4rl_file(name, rows=5, keys=D4RL_KEYS, **shapes):
+    """A file with these keys, in their shapes or others; no shape is a group."""
+    with h5py.File(name, "w") as f:
+        for key in keys:
+            shape = shapes.get(key, (rows, 2) if key in D4RL_KEYS[:2] else (rows,))
+            f.create_group(key) if shape is None else f.create_dataset(key, data=np.zeros(shape))
 
 
 @pytest.mark.parametrize(
     "keys, message",
     [
-        (D4RL_KEYS[:-1], "x.hdf5 has no timeouts: give a file like D4RL's, with observations, actions"),
+        (D4RL_KEYS[:-1], "x.hdf5 has no timeouts: give a file with observations, actions"),
         (D4RL_KEYS[:2], "x.hdf5 has no rewards, terminals, timeouts"),
-        (
-            (*D4RL_KEYS, "infos/goal"),
-            "x.hdf5 has no goals in its observations: use Minari's set of the maze, no --dataset",
-        ),
+        ((*D4RL_KEYS, "infos/goal"), "x.hdf5 has no goals in its observations: use Minari's set of the maze"),
         ((), "x.hdf5 has no observations"),
     ],
 )
 def test_bad_input_d4rl_file_without_its_keys(keys, message):
-    with h5py.File("x.hdf5", "w") as f:
-        f["other"] = np.zeros(5)
-        for key in keys:
-            f[key] = np.zeros((5, 2)) if key in D4RL_KEYS[:2] else np.zeros(5)
-    refused(message, "srpo_critic.py", "--env", "hopper-medium-replay", "--dataset", "x.hdf5")
+    d4rl_file("x.hdf5", keys=("other", *keys))
+    refused(message, IMPORT, "x.hdf5", "--id", "mine/x-v0")
 
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_bad_input_d4rl_file_without_transitions(rows):
-    with h5py.File("x.hdf5", "w") as f:
-        for key in D4RL_KEYS:
-            f[key] = np.zeros((rows, 2)) if key in D4RL_KEYS[:2] else np.zeros(rows)
-    refused("x.hdf5 is empty", "srpo_critic.py", "--env", "hopper-medium-replay", "--dataset", "x.hdf5")
+    d4rl_file("x.hdf5", rows)
+    refused("x.hdf5 is empty", IMPORT, "x.hdf5", "--id", "mine/x-v0")
 
 
 @pytest.mark.parametrize("key", D4RL_KEYS)
-@pytest.mark.parametrize("shape", [(4, 2), (8, 2), (6, 2), (6, 2, 2), (6,), (4,), (8,), None])
+@pytest.mark.parametrize("shape", [(4, 2), (8, 2), (6, 2), (3, 2), (6, 2, 2), (6,), (4,), (8,), (), None])
 def test_bad_input_d4rl_columns_of_other_shapes(key, shape):
     if shape == ((6, 2) if key in D4RL_KEYS[:2] else (6,)):
         pytest.skip("the right shape")
-    with h5py.File("x.hdf5", "w") as f:
-        for name in D4RL_KEYS:
-            f[name] = np.zeros((6, 2)) if name in D4RL_KEYS[:2] else np.zeros(6)
-        del f[key]
-        if shape:
-            f[key] = np.zeros(shape)
-        else:
-            f.create_group(key)
-    message = "has columns of other shapes than D4RL's" if shape else "cannot be read as HDF5 (TypeError)"
-    refused(f"x.hdf5 {message}", "srpo_critic.py", "--env", "any", "--dataset", "x.hdf5")
+    d4rl_file("x.hdf5", 6, **{key: shape})
+    message = "has columns of other shapes than D4RL's" if shape else "cannot be read as HDF5 ("
+    refused(f"x.hdf5 {message}", IMPORT, "x.hdf5", "--id", "mine/x-v0")
 
 
-@pytest.mark.parametrize(
-    "env, file",
-    [("halfcheetah-medium", "walker2d_x.hdf5"), ("antmaze-umaze", "hopper_x.hdf5"), ("hopper-mine", "walker2d.hdf5")],
-)
-def test_bad_input_d4rl_file_of_another_task(env, file):
-    refused(f"{file} holds no data of {env}", "srpo_critic.py", "--env", env, "--dataset", file)
+def test_bad_input_d4rl_file_of_no_robot_or_another():
+    for name in ("pen_human-v1", "hopper", "my_hopper_medium"):  # of which task?
+        d4rl_file(f"{name}.hdf5")
+        refused(f"{name}.hdf5 names no task of halfcheetah, hopper or walker2d", IMPORT, f"{name}.hdf5")
+    d4rl_file("hopper_medium.hdf5")
+    other = ("--id", "D4RL/walker2d/medium-v2")
+    refused("is of another robot than D4RL/walker2d/medium-v2", IMPORT, "hopper_medium.hdf5", *other)
+    refused("has columns of other shapes than Hopper's", IMPORT, "hopper_medium.hdf5")
+    refused("has columns of other shapes than Walker2d's", IMPORT, "pen_human-v1.hdf5", *other)
 
 
-@pytest.mark.parametrize("name", ["file", "nothing", "folder"])
+@pytest.mark.parametrize("id", ["x", "D4RL/pen/human", "../x-v0", "/x-v0", "a b-v0"])
+def test_bad_input_d4rl_id_that_is_none(id):
+    d4rl_file("x.hdf5")
+    refused(f"--id {id}: must be like D4RL/hopper/medium-v2", IMPORT, "x.hdf5", "--id", id)
+
+
+@pytest.mark.parametrize("name", ["file", "nothing", "folder", "half"])
 def test_bad_input_d4rl_file_that_is_none(name):
     if name == "file":
         Path("x.hdf5").write_text("not HDF5")
     elif name == "folder":
         Path("x.hdf5").mkdir()
-    refused("x.hdf5 cannot be read as HDF5 (", "srpo_critic.py", "--env", "hopper-medium-replay", "--dataset", "x.hdf5")
+    elif name == "half":
+        d4rl_file("x.hdf5")
+        Path("x.hdf5").write_bytes(Path("x.hdf5").read_bytes()[:2000])
+    refused("x.hdf5 cannot be read as HDF5 (", IMPORT, "x.hdf5")
 
 
 @pytest.mark.parametrize("stage, flags, message", [(stage, *row) for stage, rows in FLAGS.items() for row in rows])
@@ -201,38 +227,54 @@ def test_bad_input_unknown_flag_gets_tyros_message(script, capsys, tmp_path):
 
 
 def test_bad_input_is_one_line_for_the_shell():
-    done = run("srpo_critic.py", "--env", "hoper-medium", check=False)
+    done = run("srpo_critic.py", "--env", "bad/nan-v0", check=False)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: bad/nan-v0 has missing")
 
 
-def test_bad_input_actor_before_critic():
-    refused("run `python srpo_critic.py --env test/pendulum-v0` first", "srpo_actor.py", *TINY)
-
-
-def test_bad_input_actor_before_behavior(trained):
-    message = "run `python srpo_behavior.py --env test/pendulum-v0` first"
-    refused(message, "srpo_actor.py", *TINY, "--critic", trained / "critic.pt")
+def test_bad_input_actor_before_the_other_stages(trained):
+    missing = "is missing, damaged or foreign (FileNotFoundError): run the stage that writes it"
+    refused(f"runs/test-pendulum-v0/critic.pt {missing}", "srpo_actor.py", *TINY)
+    refused(f"runs/test-pendulum-v0/behavior.pt {missing}", "srpo_actor.py", *TINY, "--critic", trained / "critic.pt")
 
 
 def test_bad_input_eval_before_actor():
-    refused("run `python srpo_actor.py --env test/pendulum-v0` first", "eval.py", "--env", "test/pendulum-v0")
+    refused("runs/test-pendulum-v0/actor.pt is missing", "eval.py", "--env", "test/pendulum-v0")
 
 
-def test_bad_input_eval_flags():
-    refused("--workers 0: must be 1 or more", "eval.py", "--env", "test/pendulum-v0", "--workers", 0)
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--workers 0", "--workers 0: must be 1 or more"),
+        ("--episodes -1", "--episodes -1: must be 0 or more"),
+        ("--sampler-steps 0", "--sampler-steps 0: must be 1 or more"),
+        ("--candidates 8 0", "--candidates (8, 0): must be 1 or more"),
+        ("--device cuda", "finds no CUDA device"),
+    ],
+)
+def test_bad_input_eval_flags(flags, message):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    refused(message, "eval.py", "--env", "test/pendulum-v0", *flags.split())
 
 
-def test_bad_input_environment_of_another_robot(trained):
+def test_bad_input_environment_that_cannot_be_made(trained):
     artifact = torch.load(trained / "actor.pt", weights_only=True)
-    for kwargs, message in (
-        ({}, "has (4, 2) state and action dimensions, the data (3, 1)"),
-        ({"no": 1}, "cannot make CartPole-v1"),
+    Path("runs/cart").mkdir(parents=True)
+    for id, reason in (
+        ("CartPole-v1", "TypeError("),
+        ("NoSuchEnv-v1", "UnregisteredEnv('NoSuchEnv-v1 is not registered"),
     ):
-        environment = {"id": "CartPole-v1", "kwargs": kwargs, "max_episode_steps": 5}
-        Path("runs/cart").mkdir(parents=True, exist_ok=True)
+        environment = {"id": id, "kwargs": {"no": 1}, "max_episode_steps": 5}
         torch.save(artifact | {"environments": {"data": environment, "fixed": environment}}, "runs/cart/actor.pt")
-        refused(message, "eval.py", "--env", "cart")
+        refused(f"cannot make {id} ({reason}", "eval.py", "--env", "cart")
+
+
+def test_bad_input_data_without_an_environment(trained):
+    artifact = torch.load(trained / "actor.pt", weights_only=True)
+    Path("runs/none").mkdir(parents=True)
+    torch.save(artifact | {"environments": None, "reference": None}, "runs/none/actor.pt")
+    refused("the data of none name no environment to evaluate in", "eval.py", "--env", "none")
 
 
 def actor(trained, *flags):
@@ -242,14 +284,11 @@ def actor(trained, *flags):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--env", "bad/other-v0"), "trained with env = test/pendulum-v0"),
-        (("--dataset", "bad/wider-v0"), "trained with state_dim = 3, the data now have 4"),
-        (("--dataset", "bad/other-v0"), "trained with fingerprint"),
-        (("--num-seeds", 3), "wanted are [0, 1, 2]"),
-        (
-            ("--seed", 7),
-            "hold seeds {'critic': [0, 1], 'behavior': [0, 1]}, wanted are [7]: run `python srpo_critic.py",
-        ),
+        (("--env", "bad/other-v0"), "critic.pt has env = test/pendulum-v0, not bad/other-v0: run srpo_critic.py"),
+        (("--dataset", "bad/wider-v0"), "critic.pt has fingerprint = "),
+        (("--dataset", "bad/other-v0"), "critic.pt has fingerprint = "),
+        (("--num-seeds", 3), "both have seeds [0, 1], not [0, 1, 2]: train these first"),
+        (("--seed", 7), "both have seeds [0, 1], not [7]: train these first"),
     ],
 )
 def test_bad_input_artifacts_of_something_else(flags, message, trained):
@@ -257,15 +296,8 @@ def test_bad_input_artifacts_of_something_else(flags, message, trained):
 
 
 def test_bad_input_critic_in_the_place_of_the_behavior_model(trained):
-    refused(
-        "holds stage critic",
-        "srpo_actor.py",
-        *TINY,
-        "--critic",
-        trained / "critic.pt",
-        "--behavior",
-        trained / "critic.pt",
-    )
+    twice = ("--critic", trained / "critic.pt", "--behavior", trained / "critic.pt")
+    refused("critic.pt has stage = critic, not behavior: run srpo_behavior.py", "srpo_actor.py", *TINY, *twice)
 
 
 def damaged(kind, whole):
@@ -291,11 +323,19 @@ def test_bad_input_damaged_artifact(kind, script, trained):
     path.parent.mkdir(parents=True)
     path.write_bytes(damaged(kind, (trained / name).read_bytes()))
     flags = TINY if script == "srpo_actor.py" else ("--env", "test/pendulum-v0")
-    refused("cannot be read, damaged or foreign", script, *flags)
+    refused(f"{name} is missing, damaged or foreign (", script, *flags)
 
 
-def test_bad_input_artifact_of_another_format(trained):
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"stage": "critic", "format": 1}, "has format = 1, not 4: run srpo_critic.py"),
+        ({"weights": {}}, "has stage = None, not critic: run srpo_critic.py"),
+    ],
+)
+def test_bad_input_artifact_of_another_format(content, message):
     Path("runs/test-pendulum-v0").mkdir(parents=True)
-    for content, message in (({"stage": "critic", "format": 1}, "format 1"), ({"weights": {}}, "format None")):
-        torch.save(content, "runs/test-pendulum-v0/critic.pt")
-        refused(message, "srpo_actor.py", *TINY)
+    torch.save(content, "runs/test-pendulum-v0/critic.pt")
+    refused(message, "srpo_actor.py", *TINY)
+    torch.save(content, "runs/test-pendulum-v0/actor.pt")
+    refused("is no actor artifact of format 4: run srpo_actor.py", "eval.py", "--env", "test/pendulum-v0")

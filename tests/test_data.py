@@ -2,18 +2,23 @@
 
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
 import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, create, episode, random_episodes
+import torch
+from conftest import ROOT, TINY, create, episode, random_episodes, run, run_here
+from minari.serialization import deserialize_space
+from minari.storage import get_dataset_path, hosting
 
 import srpo_actor
 import srpo_behavior
 import srpo_critic
-from srpo_critic import environments, flatten, load_dataset
+from srpo_critic import load_dataset, minari_ids
 
 BOX = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
 ACTION = gym.spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 1.0], np.float32))
@@ -21,77 +26,215 @@ ENDS = (True, False, True, False)  # how each episode of the set below ends
 LENGTHS = (5, 1, 7, 30)
 
 
+@pytest.fixture
+def own_root(tmp_path_factory, monkeypatch):
+    """An empty Minari folder of the test's own, for sets that others must not find."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root := tmp_path_factory.mktemp("own")))
+    return root
+
+
+def random_recording(lengths=LENGTHS, ends=ENDS, seed=0):
+    rng, episodes = np.random.default_rng(seed), []
+    for n, end in zip(lengths, ends):
+        actions = rng.uniform(ACTION.low, ACTION.high, (n, 2)).astype(np.float32)
+        episodes.append(episode(rng.normal(size=(n + 1, 3)), actions, rng.normal(size=n), end))
+    return episodes
+
+
 @pytest.fixture(scope="module")
 def recorded(data_root):
-    rng = np.random.default_rng(0)
-    episodes = [
-        episode(
-            rng.normal(size=(n + 1, 3)),
-            rng.uniform(ACTION.low, ACTION.high, (n, 2)).astype(np.float32),
-            rng.normal(size=n),
-            end,
-        )
-        for n, end in zip(LENGTHS, ENDS)
-    ]
+    episodes = random_recording()
     create("test/plain-v0", episodes, observation_space=BOX, action_space=ACTION)
     return episodes
 
 
 def test_transitions_are_those_recorded(recorded):
-    data, info = load_dataset("test/plain-v0", None, "cpu")
+    data, info = load_dataset("test/plain-v0", None, False, "cpu")
     returns = [e.rewards.sum() for e in recorded]
     scale, n = 1000 / (max(returns) - min(returns)), 0
     for e, end in zip(recorded, ENDS):
         for t in range(len(e.rewards)):
             np.testing.assert_allclose(data["obs"][n], e.observations[t], rtol=1e-6)
-            np.testing.assert_allclose(
-                data["next_obs"][n], e.observations[t + 1], rtol=1e-6
-            )  # never the next episode's
+            following = e.observations[t + 1]  # never the next episode's
+            np.testing.assert_allclose(data["next_obs"][n], following, rtol=1e-6)
             np.testing.assert_allclose(data["action"][n], [e.actions[t, 0] / 2, 2 * e.actions[t, 1] - 1], atol=1e-6)
             np.testing.assert_allclose(data["reward"][n], e.rewards[t] * scale, rtol=1e-5)
             assert data["terminal"][n] == (end and t == len(e.rewards) - 1)  # 0 at a time-out
             n += 1
     assert n == len(data["obs"]) == info["fingerprint"][0] == sum(LENGTHS)
-    assert all(x.dtype == srpo_critic.torch.float32 and x.is_contiguous() for x in data.values())
-    assert info["state_dim"] == 3 and info["action_low"] == [-2, 0] and info["action_high"] == [2, 1]
-    assert info["environments"] is None and not info["maze"]
-    assert info["data_score"] == pytest.approx(np.mean(returns))
+    assert all(x.dtype == torch.float32 and x.is_contiguous() for x in data.values())
+    assert (info["state_dim"], info["action_dim"], info["longest_episode"]) == (3, 2, 30) and not info["maze"]
+    assert info["action_low"] == [-2, 0] and info["action_high"] == [2, 1]
+    assert info["data_outcome"] == pytest.approx(np.mean(returns))
+    assert srpo_actor.evaluation("test/plain-v0", info) == {"environments": None, "reference": None}
 
 
 def test_only_equal_spaces_are_joined(recorded, data_root):
     wider = gym.spaces.Box(-10, 10, (2,), np.float32)
     create("test/other-bounds-v0", recorded[:1], observation_space=BOX, action_space=wider)
-    with pytest.raises(SystemExit, match="only data sets of one environment can be joined"):
-        load_dataset("x", "test/plain-v0+test/other-bounds-v0", "cpu")
+    with pytest.raises(SystemExit, match="only data of one environment can be joined"):
+        load_dataset("x", "test/plain-v0+test/other-bounds-v0", None, "cpu")
     for robot in ("HalfCheetah", "Walker2d"):  # of equal spaces
         steps = episode(np.zeros((2, 17)), np.zeros((1, 6), np.float32), [0.0])
         create(f"test/{robot.lower()}-v0", [steps], env=gym.make(f"{robot}-v5"))
-    with pytest.raises(SystemExit, match="only data sets of one environment can be joined"):
-        load_dataset("x", "test/halfcheetah-v0+test/walker2d-v0", "cpu")
+    with pytest.raises(SystemExit, match="only data of one environment can be joined"):
+        load_dataset("x", "test/halfcheetah-v0+test/walker2d-v0", None, "cpu")
 
 
 def test_fingerprint_tells_data_sets_apart(recorded, data_root):
-    fingerprint = load_dataset("test/plain-v0", None, "cpu")[1]["fingerprint"]
-    assert fingerprint == load_dataset("other name", "test/plain-v0", "cpu")[1]["fingerprint"]
-    changed = [e for e in recorded[:3]] + [
-        episode(recorded[3].observations, recorded[3].actions, recorded[3].rewards + 1e-3)
-    ]
+    fingerprint = load_dataset("test/plain-v0", None, None, "cpu")[1]["fingerprint"]
+    assert fingerprint == load_dataset("other name", "test/plain-v0", None, "cpu")[1]["fingerprint"]
+    last = recorded[3]
+    changed = [*recorded[:3], episode(last.observations, last.actions, last.rewards + 1e-3)]
     create("test/changed-v0", changed, observation_space=BOX, action_space=ACTION)
-    assert fingerprint != load_dataset("test/changed-v0", None, "cpu")[1]["fingerprint"]
+    assert fingerprint != load_dataset("test/changed-v0", None, None, "cpu")[1]["fingerprint"]
 
 
 def test_joined_sets_follow_one_another(recorded):
-    one, _ = load_dataset("test/plain-v0", None, "cpu")
-    two, info = load_dataset("x", "test/plain-v0+test/plain-v0", "cpu")
+    one, _ = load_dataset("test/plain-v0", None, None, "cpu")
+    two, info = load_dataset("x", "test/plain-v0+test/plain-v0", None, "cpu")
     assert info["fingerprint"][0] == 2 * sum(LENGTHS)
     for name in one:
-        assert srpo_critic.torch.equal(two[name], srpo_critic.torch.cat([one[name], one[name]]))
+        assert torch.equal(two[name], torch.cat([one[name], one[name]]))
 
 
 def test_equal_returns_leave_the_rewards_alone(data_root):
     obs, actions = np.zeros((4, 3)), np.zeros((3, 2), np.float32)
     create("test/equal-v0", [episode(obs, actions, [1.0, 2.0, 3.0])] * 2, observation_space=BOX, action_space=ACTION)
-    assert load_dataset("test/equal-v0", None, "cpu")[0]["reward"].tolist() == [1, 2, 3, 1, 2, 3]
+    assert load_dataset("test/equal-v0", None, None, "cpu")[0]["reward"].tolist() == [1, 2, 3, 1, 2, 3]
+
+
+def test_actions_outside_the_bounds_are_clipped_and_counted(data_root, capsys):
+    actions = np.float32([[0, 0.5], [2, 1], [2.5, 0.5], [-3, 1.5], [1, -1e-3]])  # inside, on, and outside in three rows
+    steps = episode(np.zeros((6, 3)), actions, np.zeros(5))
+    create("test/too-large-v0", [steps], observation_space=BOX, action_space=ACTION)
+    data, _ = load_dataset("test/too-large-v0", None, None, "cpu")
+    expected = [[0, 0], [1, 1], [1, 0], [-1, 1], [0.5, -1]]
+    np.testing.assert_allclose(data["action"], expected, atol=1e-6)
+    assert "1 episodes, mean return 0.00, 5 transitions, 3 of their actions clipped" in capsys.readouterr().out
+
+
+def test_normalisation_is_by_mean_and_deviation_of_the_states(recorded):
+    rows = np.concatenate([e.observations[:-1] for e in recorded])
+    following = np.concatenate([e.observations[1:] for e in recorded])
+    mean, std = rows.sum(axis=0) / len(rows), np.sqrt(((rows - rows.mean(axis=0)) ** 2).sum(axis=0) / len(rows))
+    data, info = load_dataset("test/plain-v0", None, True, "cpu")
+    np.testing.assert_allclose(info["obs_mean"], mean, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(info["obs_std"], std, rtol=1e-5)
+    np.testing.assert_allclose(data["obs"], (rows - mean) / std, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(data["next_obs"], (following - mean) / std, rtol=1e-4, atol=1e-5)  # of the same numbers
+
+
+@pytest.mark.parametrize(
+    "env, flag, on",
+    [
+        ("test/plain-v0", None, True),
+        ("some-task", None, True),
+        ("hopper-medium", None, False),
+        ("walker2d-medium-replay-v2", None, False),
+        ("antmaze-umaze", None, False),
+        ("test/plain-v0", False, False),
+        ("hopper-medium", True, True),
+    ],
+)
+def test_normalisation_is_off_for_d4rl_s_task_names(env, flag, on, recorded, capsys):
+    for stage in (srpo_critic, srpo_behavior, srpo_actor):
+        data, info = stage.load_dataset(env, "test/plain-v0", flag, "cpu")
+        assert (info["obs_mean"] != [0, 0, 0], info["obs_std"] != [1, 1, 1]) == (on, on)
+        assert np.allclose(data["obs"][0], recorded[0].observations[0], atol=1e-6) == (not on)
+        assert ("observations standardised" if on else "observations as they are") in capsys.readouterr().out
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in Path("runs", folder, "critic.jsonl").read_text().splitlines()]
+    return np.array([[line[name] for name in srpo_critic.METRICS] for line in lines])
+
+
+def test_normalised_training_does_not_depend_on_units(recorded, data_root):
+    unit, zero = np.array([1000.0, 0.01, 3.0]), np.array([5.0, 7.0, -2.0])
+    other = [episode(unit * e.observations + zero, e.actions, e.rewards, end) for e, end in zip(recorded, ENDS)]
+    create("test/units-v0", other, observation_space=BOX, action_space=ACTION)
+    (one, about), (two, info) = (load_dataset(f"test/{name}-v0", None, True, "cpu") for name in ("plain", "units"))
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-3, atol=1e-3)  # 7 + 0.01 x loses three digits of x
+    np.testing.assert_allclose(info["obs_std"], unit * about["obs_std"], rtol=1e-4)
+    for name in ("plain", "units"):
+        flags = ("--env", f"test/{name}-v0", "--steps", 20, "--batch-size", 8, "--log-every", 5)
+        run_here("srpo_critic.py", *flags)
+        run_here("srpo_critic.py", *flags, "--no-normalize-obs", "--run-name", f"{name}-as-it-is")
+    assert losses("test-plain-v0").shape == (4, 5, 1)
+    np.testing.assert_allclose(losses("test-plain-v0"), losses("test-units-v0"), rtol=1e-3, atol=1e-3)
+    assert np.abs(losses("plain-as-it-is") / losses("units-as-it-is") - 1).max() > 0.5
+
+
+def test_a_constant_dimension_is_only_moved_to_0(recorded, data_root):
+    constant = [e.observations.copy() for e in recorded]
+    for obs in constant:
+        obs[:, 1] = 0.3  # whose mean is not exactly 0.3 in float32
+    episodes = [episode(obs, e.actions, e.rewards) for obs, e in zip(constant, recorded)]
+    create("test/constant-v0", episodes, observation_space=BOX, action_space=ACTION)
+    data, info = load_dataset("test/constant-v0", None, None, "cpu")
+    assert info["obs_std"][1] == 1 and info["obs_mean"][1] == pytest.approx(0.3)
+    assert all(x.isfinite().all() for x in data.values())
+    assert data["obs"][:, 1].abs().max() < 1e-6 and data["next_obs"][:, 1].abs().max() < 1e-6
+    np.testing.assert_allclose(data["obs"].std(dim=0, correction=0)[[0, 2]], 1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("flags, stage", [((), "behavior"), (("--no-normalize-obs",), "critic")])
+def test_stages_must_agree_on_the_normalisation(flags, stage, trained):
+    run_here("srpo_behavior.py", *TINY, "--steps", 1, "--no-normalize-obs")
+    paths = ("--critic", trained / "critic.pt", "--behavior", "runs/test-pendulum-v0/behavior.pt")
+    with pytest.raises(SystemExit, match=rf"{stage}.pt has obs_mean = .*: run srpo_{stage}.py again"):
+        run_here("srpo_actor.py", *TINY, "--steps", 1, "--eval-every", 0, *paths, *flags)
+
+
+def stacked(samples):
+    """One array per leaf, as Minari stores observations."""
+    if isinstance(samples[0], dict):
+        return {key: stacked([x[key] for x in samples]) for key in samples[0]}
+    if isinstance(samples[0], tuple):
+        return tuple(stacked([x[i] for x in samples]) for i in range(len(samples[0])))
+    return np.stack(samples)
+
+
+MATRIX = gym.spaces.Box(-1, 1, (2, 3), np.float64)
+SPACES = {
+    "matrix": (MATRIX, 6),
+    "many-bits": (gym.spaces.MultiBinary([2, 4]), 8),
+    "discrete": (gym.spaces.Discrete(5), 5),
+    "discrete-from-3": (gym.spaces.Discrete(4, start=3), 4),
+    "many-discrete": (gym.spaces.MultiDiscrete([3, 2, 4]), 9),
+    "bytes": (gym.spaces.Box(0, 255, (2, 5), np.uint8), 10),
+    "integers": (gym.spaces.Box(-9, 9, (4,), np.int64), 4),
+    "tuple": (gym.spaces.Tuple((MATRIX, gym.spaces.Discrete(3), gym.spaces.MultiBinary(2))), 11),
+    "nested": (
+        gym.spaces.Dict(
+            {
+                "z": gym.spaces.Discrete(3),
+                "a": gym.spaces.Dict({"y": MATRIX, "b": gym.spaces.Tuple((gym.spaces.MultiBinary(2), BOX))}),
+            }
+        ),
+        14,
+    ),
+    "largest": (gym.spaces.Box(0, 1, (64, 64), np.float32), 4096),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_observations_are_those_of_gymnasium_s_flatten(name, data_root):
+    space, size = SPACES[name]
+    space.seed(0)
+    samples = [[space.sample() for _ in range(n + 1)] for n in (4, 1)]
+    episodes = [episode(stacked(x), np.zeros((len(x) - 1, 2), np.float32), np.zeros(len(x) - 1)) for x in samples]
+    create(f"spaces/{name}-v0", episodes, observation_space=space, action_space=ACTION)
+    data, info = load_dataset(f"spaces/{name}-v0", None, False, "cpu")
+    rows = [[gym.spaces.flatten(space, x) for x in part] for part in samples]
+    for key, expected in ("obs", rows[0][:-1] + rows[1][:-1]), ("next_obs", rows[0][1:] + rows[1][1:]):
+        assert data[key].dtype == torch.float32 and data[key].shape == (5, size)
+        for row, x in zip(data[key].numpy(), expected):
+            np.testing.assert_allclose(row, x, rtol=1e-6)
+    assert info["state_dim"] == size and deserialize_space(info["observation_space"]) == space
+    assert all(x.isfinite().all() for x in load_dataset(f"spaces/{name}-v0", None, True, "cpu")[0].values())
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +253,14 @@ def maze(data_root):
 
 
 def test_success_ends_the_task_in_mazes(maze):
-    data, info = load_dataset("test/maze-v0", None, "cpu")
-    assert info["maze"] and info["data_score"] == pytest.approx(200 / 3) and info["reference"] == (0, 1)
+    data, info = load_dataset("test/maze-v0", None, False, "cpu")
+    assert info["maze"] and info["data_outcome"] == pytest.approx(2 / 3)
     assert len(data["obs"]) == 3 + 10 + 10
     assert data["terminal"].nonzero().flatten().tolist() == [2, 12]  # the second success is in the last step
-    assert [e["id"] for e in info["environments"].values()] == ["PointMaze_UMaze-v3"] * 2
-    assert [e["max_episode_steps"] for e in info["environments"].values()] == [10, 10]
+    facts = srpo_actor.evaluation("test/maze-v0", info)
+    assert [e["id"] for e in facts["environments"].values()] == ["PointMaze_UMaze-v3"] * 2
+    assert [e["max_episode_steps"] for e in facts["environments"].values()] == [10, 10]
+    assert facts["reference"] == (0, 1)
     reward = np.concatenate([maze[0].rewards[:3], maze[1].rewards, maze[2].rewards])
     np.testing.assert_allclose(data["reward"], reward - 1)
     o = maze[1].observations
@@ -124,11 +269,12 @@ def test_success_ends_the_task_in_mazes(maze):
     np.testing.assert_allclose(data["next_obs"][3:13], rows[1:], rtol=1e-6)
 
 
-def test_value_order_compares_each_success_with_its_countdown(maze):
+def test_value_order_compares_each_success_with_its_countdown(maze, capsys):
     from examples.value_order import spearman, successes
 
-    data = load_dataset("test/maze-v0", None, "cpu")[0]
-    assert list(successes(data)) == [slice(0, 3), slice(3, 13)]  # and not the third episode, which fails
+    for normalize_obs in (False, True):
+        data = load_dataset("test/maze-v0", None, normalize_obs, "cpu")[0]
+        assert list(successes(data)) == [slice(0, 3), slice(3, 13)]  # and not the third episode, which fails
     x = np.array([0.1, 5.0, 0.3, 40.0])
     assert spearman(x, x**3) == pytest.approx(1) and spearman(x, -x) == pytest.approx(-1)
     assert spearman(np.zeros(9), np.arange(9)) == 0  # ties are no order
@@ -136,26 +282,38 @@ def test_value_order_compares_each_success_with_its_countdown(maze):
     ranks = np.array([0, 2, 1, 3])
     assert spearman(x, np.arange(4)) == pytest.approx(1 - 6 * ((ranks - np.arange(4)) ** 2).sum() / (4 * 15))
 
+    flags = ("--batch-size", 8, "--steps", 3, "--num-seeds", 2)
+    run_here("srpo_critic.py", "--env", "test/maze-v0", *flags)
+    artifact = torch.load("runs/test-maze-v0/critic.pt")
+    net = [artifact["weights"][f"v.{i}.{x}"][1] for i in (0, 2, 4) for x in ("weight", "bias")]  # of seed 1
+    s = data["obs"].clone()
+    for weight, bias in zip(net[::2], net[1::2]):
+        s = s @ weight + bias
+        s = s.relu() if weight.shape[1] > 1 else s[:, 0]
+    expected = [spearman(s[part].numpy(), np.arange(part.stop - part.start)) for part in (slice(0, 3), slice(3, 13))]
+    capsys.readouterr()
+    run_here("examples/value_order.py", "--env", "test/maze-v0")
+    assert f"seed 1: Spearman {np.mean(expected):.4f}" in capsys.readouterr().out
 
-def test_flatten_is_gymnasiums_order():
-    space = gym.spaces.Dict({"b": BOX, "a": gym.spaces.Dict({"d": ACTION, "c": BOX})})
-    obs = space.sample()
-    np.testing.assert_allclose(flatten(obs), gym.spaces.flatten(space, obs), rtol=1e-6)
-    batch = {"b": np.ones((5, 3)), "a": {"d": np.ones((5, 2)), "c": np.zeros((5, 3))}}
-    assert flatten(batch).shape == (5, 8) and flatten(batch).dtype == np.float32
+
+def test_value_order_is_for_mazes(trained):
+    with pytest.raises(SystemExit, match="error: test/pendulum-v0 is no maze"):
+        run_here("examples/value_order.py", "--env", "test/pendulum-v0", "--out-dir", trained.parent)
 
 
-def test_reference_scores(recorded, data_root):
+def test_reference_scores(data_root):
     env, obs = gym.make("Hopper-v5"), np.zeros((2, 11))
     create("test/hopper-v0", [episode(obs, np.zeros((1, 3), np.float32), [1616.50])], env=env)
-    info = load_dataset("test/hopper-v0", None, "cpu")[1]
-    assert info["reference"] == (-20.272305, 3234.3)
-    assert srpo_critic.D4RL_SCORES["HalfCheetah"] == (-280.178953, 12135.0)
-    assert srpo_critic.D4RL_SCORES["Walker2d"] == (1.629008, 4592.3)
-    assert info["data_score"] == pytest.approx(100 * (1616.50 + 20.272305) / (3234.3 + 20.272305))
+    info = load_dataset("test/hopper-v0", None, None, "cpu")[1]
+    assert info["data_outcome"] == pytest.approx(1616.50)
+    assert srpo_actor.evaluation("test/hopper-v0", info)["reference"] == (-20.272305, 3234.3)
+    assert srpo_actor.D4RL_SCORES["HalfCheetah"] == (-280.178953, 12135.0)
+    assert srpo_actor.D4RL_SCORES["Walker2d"] == (1.629008, 4592.3)
     scores = {"ref_min_score": -1.0, "ref_max_score": 3.0}  # the data's own come first
     create("test/scored-v0", [episode(obs, np.zeros((1, 3), np.float32), [1.0])], env=env, **scores)
-    assert load_dataset("test/scored-v0", None, "cpu")[1]["reference"] == (-1, 3)
+    assert srpo_actor.evaluation("test/scored-v0", info)["reference"] == (-1, 3)
+    info = load_dataset("test/pendulum-v0", None, None, "cpu")[1]
+    assert srpo_actor.evaluation("test/pendulum-v0", info)["reference"] == (0, 100)  # the return is the score
 
 
 TABLE_2 = """
@@ -167,58 +325,91 @@ umaze 0.02  umaze-diverse 0.04  medium-play 0.08  medium-diverse 0.05  large-pla
 
 
 def test_every_task_of_the_paper_has_its_numbers():
-    beta, rows = {}, [line.split() for line in TABLE_2.strip().splitlines()]
+    betas, ids, rows = {}, {}, [line.split() for line in TABLE_2.strip().splitlines()]
     for level, *cells in rows[:3]:
-        beta |= {f"{domain}-{level}": float(x) for domain, x in zip(cells[::2], cells[1::2])}
-    beta |= {f"antmaze-{maze}": float(x) for maze, x in zip(rows[3][::2], rows[3][1::2])}
-    assert {name: task.beta for name, task in srpo_critic.TASKS.items()} == beta and len(beta) == 15
-    for name, task in srpo_critic.TASKS.items():
-        maze = name.startswith("antmaze")
-        assert (task.expectile, task.hidden_layers, task.q_grad_norm) == ((0.9, 4, "rms") if maze else (0.7, 2, "none"))
-        domain, _, level = name.partition("-")
-        levels = {"medium-expert": ["medium", "expert"], "medium-replay": []}.get(level, [level])
-        ids = [f"D4RL/antmaze/{level}-v1"] if maze else [f"mujoco/{domain}/{level}-v0" for level in levels]
-        assert task.data == "+".join(ids)
-    assert srpo_critic.TASKS["walker2d-medium-expert"].data == "mujoco/walker2d/medium-v0+mujoco/walker2d/expert-v0"
-    assert srpo_critic.TASKS["antmaze-large-play"].data == "D4RL/antmaze/large-play-v1"
+        for domain, beta in zip(cells[::2], cells[1::2]):
+            betas.setdefault(domain, {})[level] = float(beta)
+            parts = {"medium-expert": ["medium", "expert"]}.get(level, [level])
+            ids[f"{domain}-{level}"] = [f"mujoco/{domain}/{part}-v0" for part in parts]
+            if level == "medium-replay":
+                ids[f"{domain}-{level}"] = [f"D4RL/{domain}/medium-replay-v2"]
+    betas["antmaze"] = {level: float(beta) for level, beta in zip(rows[3][::2], rows[3][1::2])}
+    ids |= {f"antmaze-{level}": [f"D4RL/antmaze/{level}-v1"] for level in betas["antmaze"]}
+    assert srpo_actor.BETAS == betas and len(ids) == 15
+    for env, expected in ids.items():
+        assert minari_ids(env) == minari_ids(f"{env}-v2") == expected
+    assert minari_ids("walker2d-medium-expert") == ["mujoco/walker2d/medium-v0", "mujoco/walker2d/expert-v0"]
+    assert minari_ids("antmaze-large-play") == ["D4RL/antmaze/large-play-v1"]
+    assert minari_ids("hopper-simple") == ["mujoco/hopper/simple-v0"]  # a set that only Minari has
+    for other in ("D4RL/pen/human-v2", "D4RL/hopper/medium-replay-v2", "local/pointmaze-demo-v0", "mine"):
+        assert minari_ids(other) == [other]
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_the_papers(trained):
     critic, behavior, actor = srpo_critic.Args(env=""), srpo_behavior.Args(env=""), srpo_actor.Args(env="")
-    assert (critic.steps, critic.batch_size, critic.lr) == (1_500_000, 256, 3e-4)
+    assert (critic.steps, critic.batch_size, critic.lr, critic.lr_decay) == (1_500_000, 256, 3e-4, False)
     assert (critic.gamma, critic.tau) == (0.99, 0.005)
     assert (behavior.steps, behavior.batch_size, behavior.lr) == (2_000_000, 2048, 3e-4)
+    assert (behavior.lr_decay, behavior.predict) == (False, "eps")
     assert (actor.steps, actor.batch_size, actor.lr) == (1_000_000, 256, 3e-4)
     assert (actor.weight, actor.baseline, actor.eval_env) == ("sigma2", True, "fixed")
+    paths = ("--critic", trained / "critic.pt", "--behavior", trained / "behavior.pt")
+    args = run_here("srpo_actor.py", *TINY, "--steps", 1, "--eval-every", 0, *paths)["args"]
+    assert (args.beta, args.hidden_layers, args.q_grad_norm) == ((0.05,), 2, "none")  # ours, for other data
+
+
+def test_a_task_s_numbers_do_not_depend_on_the_data(maze):
+    """Named by --dataset, in the paper's units; the rules of mazes hold for all mazes."""
+    flags = ("--env", "antmaze-large-play-v2", "--dataset", "test/maze-v0", "--steps", 1, "--batch-size", 4)
+    args = run_here("srpo_critic.py", *flags)["args"]
+    assert args.expectile == 0.9
+    run_here("srpo_behavior.py", *flags)
+    args = run_here("srpo_actor.py", *flags, "--eval-every", 0)["args"]
+    assert (args.beta, args.hidden_layers, args.q_grad_norm) == ((0.06,), 4, "rms")
+    artifact = torch.load("runs/antmaze-large-play-v2/actor.pt")  # the name is as it was given
+    assert (artifact["env"], artifact["betas"]) == ("antmaze-large-play-v2", [0.06])
+    assert artifact["obs_std"] == [1] * 8 and len(artifact["weights"]) == 2 * 5
 
 
 def qlearning_dataset(path):
-    """D4RL's rules as a plain loop: rows of obs, action, reward, next_obs, terminal; and the episodes' returns."""
+    """D4RL's rules as a plain loop: rows of obs, action, reward, next_obs, terminal; and the returns of their steps."""
     with h5py.File(path) as file:
         columns = {name: column[:] for name, column in file.items() if isinstance(column, h5py.Dataset)}
-    rows, returns, so_far = [], [], 0.0
+    rows, returns, episode = [], [], []
     for i in range(len(columns["rewards"])):
         obs, action, reward = columns["observations"][i], columns["actions"][i], float(columns["rewards"][i].squeeze())
         terminal, timeout = bool(columns["terminals"][i]), bool(columns["timeouts"][i])
         last = i == len(columns["rewards"]) - 1
-        so_far += reward
         if not timeout and not last:
             rows.append((obs, action, reward, columns["observations"][i + 1], terminal))
+            episode.append(reward)
         if terminal or timeout or last:
-            returns.append(so_far)
-            so_far = 0.0
+            returns += [sum(episode)] if episode else []
+            episode = []
     return rows, returns
 
 
-def same_as_loop(path, env):
+def imported(path, id, capsys, *flags):
+    """The flags of the command that the import prints; its line is checked against the loop."""
     rows, returns = qlearning_dataset(path)
-    data, info = load_dataset(env, str(path), "cpu")
+    capsys.readouterr()
+    run_here("examples/import_d4rl.py", path, *flags)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{id}: {len(returns):,} episodes, {len(rows):,} transitions; ")
+    return re.search("`python srpo_critic.py (.*)`", line)[1].split()
+
+
+def same_as_loop(path, env, dataset=None):
+    rows, returns = qlearning_dataset(path)
+    data, info = load_dataset(env, dataset, False, "cpu")
     assert info["fingerprint"][0] == len(rows) == len(data["obs"])
-    scale = 1000 / (max(returns) - min(returns))
+    scale = 1000 / (max(returns) - min(returns)) if len(set(returns)) > 1 else 1
     for name, column in zip(("obs", "action", "reward", "next_obs", "terminal"), zip(*rows)):
         expected = np.stack(column) * (scale if name == "reward" else 1)
-        np.testing.assert_allclose(data[name], expected, rtol=1e-5, atol=1e-6)
-    return data, info, returns
+        np.testing.assert_allclose(data[name], expected, rtol=1e-4, atol=1e-6)
+    assert info["data_outcome"] == pytest.approx(np.mean(returns), rel=1e-4)
+    assert info["action_low"] == [-1] * info["action_dim"] and info["action_high"] == [1] * info["action_dim"]
+    return data, info
 
 
 def write_d4rl(path, lengths, ends, dtype=np.float32, shape=(), **other):
@@ -240,25 +431,45 @@ def write_d4rl(path, lengths, ends, dtype=np.float32, shape=(), **other):
     [
         ("terminal", "timeout", "terminal timeout", "timeout", "terminal"),
         ("timeout", "terminal", "timeout", "terminal", ""),  # the last episode was cut
+        ("timeout", "", "terminal", "timeout", "timeout"),
         ("", "", "", "", ""),  # one long episode
     ],
 )
 @pytest.mark.parametrize("dtype, shape", [(np.float32, ()), (np.float64, (1,))])  # v2; and as the oldest files are
-def test_d4rl_files_load_as_d4rl_loads_them(ends, dtype, shape, tmp_path):
-    lengths = (4, 6, 1, 5, 3)
-    path = write_d4rl(tmp_path / "x.hdf5", lengths, ends, dtype, shape, next_observations=np.zeros((19, 11)))
-    if any(ends):
-        data, info, returns = same_as_loop(path, "hopper-medium-replay")
-        lost = sum("timeout" in end for end in ends) + ("timeout" not in ends[-1])
-        assert len(data["obs"]) == sum(lengths) - lost and len(returns) == 5
-        assert info["data_score"] == pytest.approx(100 * (np.mean(returns) + 20.272305) / (3234.3 + 20.272305))
-        hopper = {"id": "Hopper-v5", "kwargs": {}, "max_episode_steps": 1000}
-        assert info["environments"] == {"data": hopper, "fixed": hopper} and info["state_dim"] == 11
-    else:
-        rows = np.stack([obs for obs, *_ in qlearning_dataset(path)[0]])
-        np.testing.assert_allclose(load_dataset("hopper-medium", str(path), "cpu")[0]["obs"], rows, rtol=1e-6)
-        assert len(rows) == 18
-    assert load_dataset("my-robot", str(path), "cpu")[1]["environments"] is None
+def test_d4rl_files_become_sets_with_d4rl_s_transitions(ends, dtype, shape, tmp_path, own_root, capsys):
+    lengths, path = (4, 6, 1, 5, 3), tmp_path / "hopper_medium_replay-v2.hdf5"
+    write_d4rl(path, lengths, ends, dtype, shape, next_observations=np.zeros((19, 11)))
+    flags = imported(path, "D4RL/hopper/medium-replay-v2", capsys)
+    assert flags == ["--env", "hopper-medium-replay"]  # which finds it
+    data, info = same_as_loop(path, "hopper-medium-replay")
+    lost = sum("timeout" in end for end in ends) + ("timeout" not in ends[-1])
+    assert len(data["obs"]) == sum(lengths) - lost and info["state_dim"] == 11
+    hopper = {"id": "Hopper-v5", "kwargs": {}, "max_episode_steps": 1000}
+    facts = srpo_actor.evaluation("D4RL/hopper/medium-replay-v2", info)
+    assert facts == {"environments": {"data": hopper, "fixed": hopper}, "reference": (-20.272305, 3234.3)}
+    with pytest.raises(SystemExit, match="error: .* already: run `minari delete D4RL/hopper/medium-replay-v2`"):
+        run_here("examples/import_d4rl.py", path)
+
+
+def test_ids_of_imported_sets(tmp_path, own_root, capsys):
+    """By the file's name, or as told; and the task that each is for."""
+    path = write_d4rl(tmp_path / "x.hdf5", (3, 2), ("timeout", "terminal"))
+    for name, id, task in (
+        ("hopper_medium-v2", "D4RL/hopper/medium-v2", "hopper-medium"),
+        ("hopper_medium", "D4RL/hopper/medium-v0", "hopper-medium"),
+        ("hopper_medium_expert-v2", "D4RL/hopper/medium-expert-v2", "hopper-medium-expert"),
+        ("hopper-medium-replay-v1", "D4RL/hopper/medium-replay-v1", "hopper-medium-replay"),
+    ):
+        shutil.copy(path, f"{name}.hdf5")
+        assert imported(f"{name}.hdf5", id, capsys) == ["--env", task, "--dataset", id]
+        same_as_loop(path, task, id)
+    for name, id in ("x", "mine/robot-v0"), ("hopper_medium", "mine/hops-v3"):
+        assert imported(f"{name}.hdf5", id, capsys, "--id", id) == ["--env", id]
+        _, info = same_as_loop(path, id)
+        environments = srpo_actor.evaluation(id, info)["environments"]
+        assert environments is None if name == "x" else environments["data"]["id"] == "Hopper-v5"
+    id = "D4RL/hopper/medium-replay-v2"
+    assert imported("x.hdf5", id, capsys, "--id", id) == ["--env", "hopper-medium-replay"]
 
 
 EXCERPTS = Path(os.environ.get("D4RL_FILES", ROOT.parent / "shared" / "data" / "d4rl_excerpts"))
@@ -266,24 +477,118 @@ EXCERPTS = Path(os.environ.get("D4RL_FILES", ROOT.parent / "shared" / "data" / "
 
 @pytest.mark.skipif(not EXCERPTS.exists(), reason="no original files in the folder that D4RL_FILES names")
 @pytest.mark.parametrize(
-    "file, env, size",
+    "file, id, robot, size",
     [
-        ("hopper_medium-v2", "hopper-medium", 910),
-        ("halfcheetah_medium-v2", "halfcheetah-medium", 1998),
-        ("walker2d_medium-v2", "walker2d-medium", 1998),
-        ("hopper_medium", "hopper-medium", 523),
-        ("hopper_medium_replay-v1", "hopper-medium-replay", 48),
+        ("hopper_medium-v2", "D4RL/hopper/medium-v2", "Hopper", 910),
+        ("halfcheetah_medium-v2", "D4RL/halfcheetah/medium-v2", "HalfCheetah", 1998),
+        ("walker2d_medium-v2", "D4RL/walker2d/medium-v2", "Walker2d", 1998),
+        ("hopper_medium", "D4RL/hopper/medium-v0", "Hopper", 523),
+        ("hopper_medium_replay-v1", "D4RL/hopper/medium-replay-v1", "Hopper", 48),
     ],
 )
-def test_excerpts_of_original_files(file, env, size):
-    data, info, _ = same_as_loop(EXCERPTS / f"{file}.hdf5", env)
-    assert len(data["obs"]) == size and info["environments"]["data"]["id"].lower().startswith(env.partition("-")[0])
+def test_excerpts_of_original_files(file, id, robot, size, own_root, capsys):
+    flags = imported(EXCERPTS / f"{file}.hdf5", id, capsys)
+    data, info = same_as_loop(EXCERPTS / f"{file}.hdf5", *flags[1::2])
+    facts = srpo_actor.evaluation(id, info)
+    assert len(data["obs"]) == size and facts["environments"]["fixed"]["id"] == f"{robot}-v5"
+    assert facts["reference"] == srpo_actor.D4RL_SCORES[robot]
+    run_here("srpo_critic.py", *flags, "--steps", 4, "--batch-size", 8, "--log-every", 2)  # the command that it prints
+    assert np.isfinite(losses(flags[1])).all() and len(losses(flags[1])) == 2
 
 
 @pytest.mark.skipif(not EXCERPTS.exists(), reason="no original files in the folder that D4RL_FILES names")
 def test_original_antmaze_files_are_refused():
     with pytest.raises(SystemExit, match="has no goals in its observations"):
-        load_dataset("antmaze-large-diverse", str(EXCERPTS / "antmaze-large-diverse-v0.hdf5"), "cpu")
+        run_here("examples/import_d4rl.py", EXCERPTS / "antmaze-large-diverse-v0.hdf5")
+
+
+@pytest.fixture
+def server(own_root, tmp_path_factory, monkeypatch):
+    """A folder whose sets a download copies, and the ids that were downloaded."""
+    folder, ids = tmp_path_factory.mktemp("server"), []
+
+    def download_dataset(id, force_download=False):
+        ids.append(id)
+        shutil.copytree(folder / id, own_root / id)
+
+    monkeypatch.setattr(hosting, "download_dataset", download_dataset)
+    return folder, ids
+
+
+def test_missing_sets_are_downloaded_once(server, own_root, recorded):
+    folder, ids = server
+    for level, part in ("medium", recorded[:3]), ("expert", recorded[3:]):
+        create(f"mujoco/hopper/{level}-v0", part, observation_space=BOX, action_space=ACTION)
+    shutil.move(own_root / "mujoco", folder / "mujoco")
+    for _ in range(2):  # the second time they are there
+        data, _ = load_dataset("hopper-medium-expert", None, None, "cpu")
+        rows = np.concatenate([e.observations[:-1] for e in recorded])
+        np.testing.assert_allclose(data["obs"], rows, rtol=1e-6)
+        assert ids == ["mujoco/hopper/medium-v0", "mujoco/hopper/expert-v0"]
+
+
+def refusal(env):
+    with pytest.raises(SystemExit) as e:
+        load_dataset(env, None, None, "cpu")
+    assert "\n" not in e.value.code
+    return e.value.code
+
+
+@pytest.mark.parametrize(
+    "env, id",
+    [
+        ("hopper-medium-expert", "mujoco/hopper/medium-v0"),
+        ("antmaze-umaze", "D4RL/antmaze/umaze-v1"),
+        ("no/such-set-v0", "no/such-set-v0"),
+    ],
+)
+def test_a_set_that_cannot_be_downloaded_is_named(env, id, own_root):
+    reason = "ConnectError('[Errno -2] Name or service not known')"
+    remedy = f"run `minari download {id} --force`, or do so elsewhere and copy it to {own_root / id}"
+    assert refusal(env) == f"error: no complete data set {id} ({reason}): {remedy}"
+
+
+def test_missing_medium_replay_names_the_import(own_root):
+    found = refusal("walker2d-medium-replay")
+    assert found.startswith("error: no complete data set D4RL/walker2d/medium-replay-v2 (")
+    assert "run `python examples/import_d4rl.py FILE.hdf5`, or" in found and "minari download" not in found
+
+
+@pytest.mark.slow
+def test_what_minari_itself_raises_is_one_line(own_root):
+    """Half a minute of attempts where there is no network; else its answer that there is no such set."""
+    done = run("srpo_critic.py", "--env", "no/such-set-v0", check=False)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
+        "error: no complete data set no/such-set-v0"
+    )
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("half", ["nothing", "no metadata", "no data", "half of the data", "no spaces", "no JSON"])
+def test_half_a_download_is_refused(half, own_root, recorded):
+    create("test/half-v0", recorded, observation_space=BOX, action_space=ACTION)
+    load_dataset("test/half-v0", None, None, "cpu")
+    path = get_dataset_path("test/half-v0") / "data"
+    metadata, main = path / "metadata.json", path / "main_data.hdf5"
+    if half == "nothing":
+        metadata.unlink()
+        main.unlink()
+    elif half == "no metadata":
+        metadata.unlink()
+    elif half == "no data":
+        main.unlink()
+    elif half == "half of the data":
+        os.truncate(main, main.stat().st_size // 2)
+    elif half == "no JSON":
+        metadata.write_text(metadata.read_text()[:-20])
+    else:
+        content = json.loads(metadata.read_text())
+        metadata.write_text(json.dumps({key: x for key, x in content.items() if key != "action_space"}))
+    found = refusal("test/half-v0")
+    assert found.startswith("error: no complete data set test/half-v0 (")
+    assert found.endswith(
+        f": run `minari download test/half-v0 --force`, or do so elsewhere and copy it to {path.parent}"
+    )
 
 
 def test_unusual_recordings(data_root):
@@ -298,7 +603,7 @@ def test_unusual_recordings(data_root):
         episodes.append(episode(obs, actions, rng.normal(size=2 * n)[::2], terminated=True))
     episodes[-1].terminations[-1] = False  # and no truncation either
     create("test/unusual-v0", episodes, observation_space=space, action_space=ACTION)
-    data, info = load_dataset("test/unusual-v0", None, "cpu")
+    data, info = load_dataset("test/unusual-v0", None, False, "cpu")
     assert data["terminal"].tolist() == [0] * 5 + [1, 1, 0, 0, 0, 0] and info["state_dim"] == 8
     n = 0
     for e in episodes:
@@ -309,7 +614,7 @@ def test_unusual_recordings(data_root):
         np.testing.assert_allclose(data["next_obs"][n : n + T], rows[1:], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(data["action"][n : n + T], e.actions * [0.5, 2] - [0, 1], rtol=1e-5, atol=1e-6)
         n += T
-    assert all(x.dtype == srpo_critic.torch.float32 and x.is_contiguous() for x in data.values())
+    assert all(x.dtype == torch.float32 and x.is_contiguous() for x in data.values())
 
 
 def recorded_in(id, **kwargs):
@@ -317,7 +622,8 @@ def recorded_in(id, **kwargs):
     import gymnasium_robotics
 
     gym.register_envs(gymnasium_robotics)
-    env = gym.make(id, max_episode_steps=70, continuing_task=True, reset_target=False, **kwargs)
+    kwargs = {"max_episode_steps": 70} | kwargs
+    env = gym.make(id, continuing_task=True, reset_target=False, **kwargs)
     return json.loads(env.spec.to_json())
 
 
@@ -325,12 +631,25 @@ def three(spec):
     return {name: spec[name] for name in ("id", "kwargs", "max_episode_steps")}
 
 
+@pytest.fixture
+def environments(own_root):
+    """Where a maze's policy is evaluated, given what a data set's metadata say."""
+    (own_root / "some/maze-v0/data").mkdir(parents=True)
+
+    def environments(data, fixed):
+        metadata = {"env_spec": json.dumps(data)} | ({"eval_env_spec": json.dumps(fixed)} if fixed else {})
+        (own_root / "some/maze-v0/data/metadata.json").write_text(json.dumps(metadata))
+        return srpo_actor.evaluation("some/maze-v0", {"maze": True, "longest_episode": 33})["environments"]
+
+    return environments
+
+
 MINARIS_UMAZE = [[1, 1, 1, 1, 1], [1, 0, 0, "r", 1], [1, 0, 1, 1, 1], [1, 0, 0, "g", 1], [1, 1, 1, 1, 1]]
 ONE_WAY = [[1, 1, 1, 1], [1, "r", "g", 1], [1, 1, 1, 1]]
 
 
-def test_evaluation_is_from_one_corner_to_the_other():
-    umaze, minaris = srpo_critic.UMAZE, recorded_in("AntMaze_UMaze-v4", maze_map=MINARIS_UMAZE)
+def test_evaluation_is_from_one_corner_to_the_other(environments):
+    umaze, minaris = srpo_actor.UMAZE, recorded_in("AntMaze_UMaze-v4", maze_map=MINARIS_UMAZE)
     for recorded in (recorded_in("AntMaze_UMaze-v4", maze_map=umaze), recorded_in("AntMaze_UMaze-v4")):  # and -diverse
         for fixed in (minaris, None):
             both = environments(recorded, fixed)
@@ -343,9 +662,11 @@ def test_evaluation_is_from_one_corner_to_the_other():
     assert environments(recorded, None) == {"data": three(recorded), "fixed": three(recorded)}
     own = recorded_in("PointMaze_UMaze-v3", maze_map=ONE_WAY)  # the usual way to name a maze of one's own
     assert environments(own, None) == {"data": three(own), "fixed": three(own)}
+    endless = environments(own | {"max_episode_steps": None}, None)  # is left after the longest episode of the data
+    assert [x["max_episode_steps"] for x in endless.values()] == [33, 33]
 
 
-def test_the_fixed_umaze_has_the_walls_of_the_data():
+def test_the_fixed_umaze_has_the_walls_of_the_data(environments):
     """Start and goal of its environments, and that only they differ from the default map of the recording."""
     both = environments(recorded_in("PointMaze_UMaze-v3"), None)
     envs = {name: srpo_actor.make_env(environment).unwrapped for name, environment in both.items()}

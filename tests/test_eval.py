@@ -1,4 +1,4 @@
-"""eval.py's diffusion policies, its latencies and its videos; plot.py's pictures."""
+"""eval.py's diffusion policies, its latencies and its videos; plot.py's pictures and its table."""
 
 import csv
 import json
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, create, random_episodes, run, run_here
+from minari.serialization import serialize_space
 
 import eval as srpo_eval
 import plot
@@ -134,6 +135,29 @@ def test_idql_takes_the_candidate_of_highest_q(float64):
     assert best[:, 1].min() > 0.1  # of 50 from N(0, 0.1)
 
 
+def arrays(network):
+    return {name: x.numpy() for name, x in network.state_dict().items()}
+
+
+def test_a_model_of_v_is_sampled_through_its_noise():
+    """v = 0 everywhere belongs to actions of N(0, 1), whose ODE moves nothing: the noise is the action."""
+    torch.manual_seed(0)
+    behavior, q = srpo_eval.BehaviorModel(3, 2, 1, "v"), srpo_eval.TwinQ(3, 2, 1)
+    for x in behavior.last.parameters():
+        x.requires_grad_(False).zero_()
+    info = {"state_dim": 3, "action_dim": 2, "obs_mean": [5.0] * 3, "obs_std": [2.0] * 3}
+    info |= {"action_low": [-2.0, 0.0], "action_high": [2.0, 10.0]}
+    action = {}
+    for predict in ("v", "eps"):
+        act = srpo_eval.make_sampling_act([arrays(behavior), arrays(q)], info | {"predict": predict}, 1, 100)
+        torch.manual_seed(1)
+        action[predict] = act(np.zeros((50, 3)))
+    torch.manual_seed(1)
+    noise = torch.randn(1, 50, 2)[0].clamp(-1, 1).numpy()
+    assert action["v"] == pytest.approx(noise * [2, 5] + [0, 5], abs=0.01)
+    assert np.abs(action["eps"] - action["v"]).max() > 1  # eps = 0 is another model
+
+
 def test_policy_distance_of_a_known_policy(float64):
     """Samples of N(s, 0.1), a dimension around each of the state's; a policy beside it; Q's heads a_0 and 7 - a_1."""
     from examples.policy_distance import compare
@@ -171,46 +195,45 @@ def test_score_term_of_a_known_model(float64):
 def scored(trained):
     """What eval.py wrote of all policies."""
     flags = ("--env", "test/pendulum-v0", "--out-dir", trained.parent, "--episodes", 3, "--workers", 1)
-    run_here("eval.py", *flags, "--policy", "srpo", "idql", "behavior", "--candidates", 4, "--sampler-steps", 3)
+    run_here("eval.py", *flags, "--policy", "srpo", "idql", "behavior", "--candidates", 4, 1, "--sampler-steps", 3)
     return json.loads((trained / "eval.json").read_text())
 
 
-def test_policy_distance_of_a_run(scored, trained):
-    """The mean of one sample is the behaviour model: it scores what eval.py says."""
-    flags = (
-        "--run",
-        trained,
-        "--states",
-        4,
-        "--samples",
-        1,
-        "--sampler-steps",
-        3,
-        "--episodes",
-        3,
-        "--times",
-        0.2,
-        0.9,
-    )
+def test_policy_distance_of_a_run(trained, tmp_path):
+    """The mean of one sample is the behaviour model, here one of v: it scores what eval.py says."""
+    run_here("srpo_behavior.py", *TINY, "--steps", 20, "--num-seeds", 2, "--predict", "v")
+    paths = ("--critic", trained / "critic.pt", "--eval-every", 0)
+    run_here("srpo_actor.py", *TINY, "--steps", 20, "--beta", 0.1, 0.5, *paths)
+    sampler = ("--episodes", 12, "--sampler-steps", 3)
+    run_here("eval.py", "--env", "test/pendulum-v0", "--policy", "behavior", "--workers", 1, *sampler)
+    folder = tmp_path / "runs/test-pendulum-v0"
+    flags = ("--run", folder, "--states", 4, "--samples", 1, *sampler, "--times", 0.2, 0.9)
     out = run("examples/policy_distance.py", *flags).stdout
-    rows = [[float(x) for x in line.split()] for line in out.splitlines() if line.strip()[:1] in "01"]
+    rows = [[float(x) for x in line.split()] for line in out.splitlines() if line.split()[0] in ("0", "1")]
     assert [row[:2] for row in rows[:4]] == [[0, 0.1], [0, 0.5], [1, 0.1], [1, 0.5]]
     assert all(row[3] == 0 and row[5] == row[6] for row in rows[:4])  # one sample: no spread, no choice
     assert [row[:2] for row in rows[4:]] == [[0, 0.2], [0, 0.9], [1, 0.2], [1, 0.9]]
-    for row in scored["policies"]:
-        if row["policy"] == "behavior":
-            assert f"seed {row['seed']}: the mean of 1 samples as a policy has score {row['score']:.1f}" in out
+    scores = json.loads((folder / "eval.json").read_text())["policies"]
+    assert [row["seed"] for row in scores] == [0, 1]
+    for row in scores:
+        assert f"seed {row['seed']}: the mean of 1 samples as a policy has score {row['score']:.1f}\n" in out
 
 
-def test_all_policies_in_one_table(scored, trained, capsys):
-    rows = [(row["policy"], row["seed"], row["beta"]) for row in scored["policies"]]
-    srpo = [("srpo", 0, 0.1), ("srpo", 0, 0.5), ("srpo", 1, 0.1), ("srpo", 1, 0.5)]
-    assert rows == srpo + [("idql", 0, None), ("idql", 1, None), ("behavior", 0, None), ("behavior", 1, None)]
-    summary = {(row["policy"], row["beta"]): row for row in scored["summary"]}
-    assert list(summary) == [("srpo", 0.1), ("srpo", 0.5), ("idql", None), ("behavior", None)]
-    idql = [row["score"] for row in scored["policies"] if row["policy"] == "idql"]
-    assert summary["idql", None]["score_mean"] == pytest.approx(np.mean(idql))
-    assert summary["idql", None]["score_std"] == pytest.approx(np.std(idql)) and np.std(idql) > 0
+def test_all_policies_in_one_table(scored):
+    rows = [(row["policy"], row["candidates"], row["seed"], row["beta"]) for row in scored["policies"]]
+    srpo = [("srpo", None, 0, 0.1), ("srpo", None, 0, 0.5), ("srpo", None, 1, 0.1), ("srpo", None, 1, 0.5)]
+    sampled = [("idql", 4), ("idql", 1), ("behavior", 1)]
+    assert rows == srpo + [(*policy, seed, None) for policy in sampled for seed in (0, 1)]
+    summary = {(row["policy"], row["candidates"], row["beta"]): row for row in scored["summary"]}
+    assert list(summary) == [("srpo", None, 0.1), ("srpo", None, 0.5), *((*policy, None) for policy in sampled)]
+    scores = {
+        policy: [row["score"] for row in scored["policies"] if row["policy"] == policy]
+        for policy in ("srpo", "idql", "behavior")
+    }
+    of_4, of_1 = scores["idql"][:2], scores["idql"][2:]
+    assert summary["idql", 4, None]["score_mean"] == pytest.approx(np.mean(of_4))
+    assert summary["idql", 4, None]["score_std"] == pytest.approx(np.std(of_4)) and np.std(of_4) > 0
+    assert of_1 == scores["behavior"] and not set(of_1) & set(of_4)  # of one candidate, none is chosen
 
 
 def test_a_policy_plays_the_same_beside_others_and_with_other_workers(scored, trained, tmp_path):
@@ -221,22 +244,22 @@ def test_a_policy_plays_the_same_beside_others_and_with_other_workers(scored, tr
     for policy in ("srpo", "behavior"):
         rows = [[row for row in content["policies"] if row["policy"] == policy] for content in (scored, again)]
         assert rows[0] == rows[1] and rows[0]
-    run_here("eval.py", *flags, "--policy", "idql", "--candidates", 1, "--sampler-steps", 3)
-    one = json.loads((trained / "eval.json").read_text())["policies"]  # IDQL among one candidate is the behaviour
-    assert [row["score"] for row in one] == [row["score"] for row in again["policies"] if row["policy"] == "behavior"]
 
 
 def test_the_policies_act_in_the_units_of_the_environment(trained):
-    """Within the bounds [-2, 2], and beyond [-1, 1] at times."""
+    """Within the bounds [-2, 2], and beyond [-1, 1] at times; from the environment's observations."""
     critic, behavior = (torch.load(trained / f"{stage}.pt", weights_only=True) for stage in ("critic", "behavior"))
     pairs = (behavior, ""), (critic, "q_target.")
-    weights = [srpo_eval.select(artifact["weights"], [0, 1], [1], prefix) for artifact, prefix in pairs]
-    arrays = [{name: x.numpy() for name, x in network.items()} for network in weights]
-    threads = torch.get_num_threads()
-    act = srpo_eval.make_sampling_act(arrays, behavior, candidates=1, steps=5)
-    action = act(np.random.default_rng(0).standard_normal((200, 3)))
-    torch.set_num_threads(threads)
-    assert action.shape == (200, 1) and 1.5 < np.abs(action).max() <= 2
+    weights = [srpo_eval.select(artifact, [1], prefix) for artifact, prefix in pairs]
+    weights = [{name: x.numpy() for name, x in network.items()} for network in weights]
+    mean, std, obs = [1.0, -2.0, 3.0], [0.5, 2.0, 4.0], np.random.default_rng(0).standard_normal((200, 3))
+    action = []
+    for normal, states in ([[0.0] * 3, [1.0] * 3], obs), ([mean, std], mean + std * obs):
+        info = behavior | dict(zip(("obs_mean", "obs_std"), normal)) | {"predict": "eps"}
+        torch.manual_seed(0)
+        action.append(srpo_eval.make_sampling_act(weights, info, candidates=4, steps=5)(states))
+    assert action[0].shape == (200, 1) and 1.5 < np.abs(action[0]).max() <= 2
+    assert action[1] == pytest.approx(action[0], abs=1e-3)
 
 
 def test_bad_input_networks_of_another_training(trained, tmp_path, capsys):
@@ -257,20 +280,20 @@ def test_bad_input_networks_of_another_training(trained, tmp_path, capsys):
 
 def test_latency(scored, trained, capsys):
     flags = ("--env", "test/pendulum-v0", "--out-dir", trained.parent, "--latency", "--episodes", 0)
-    run_here("eval.py", *flags, "--candidates", 4, "--sampler-steps", 3, "--device", "cpu")
+    run_here("eval.py", *flags, "--candidates", 4, 2, "--sampler-steps", 3, "--device", "cpu")
     content = json.loads((trained / "latency.json").read_text())
-    rows = {row["policy"]: row for row in content["rows"]}
+    rows = {(row["policy"], row["candidates"]): row for row in content["rows"]}
     assert all(row["us_batch_1"] > 0 and row["us_batch_20"] > 0 for row in rows.values())
     S, A = 3, 1
     srpo = 2 * (S * 256 + 256 * 256 + 256 * A)
     network = 2 * (64 * 128 + 128 * 128 + (A + S + 128) * 256 + 3 * 2 * 256 * 1024 + 256 * A)
     q = 2 * 2 * ((A + S) * 256 + 256 * 256 + 256)  # both heads
-    assert rows["srpo"]["flops"] == rows["srpo, act(obs) in NumPy"]["flops"] == srpo
-    assert rows["behavior"]["flops"] == 3 * network
-    assert rows["idql"]["flops"] == 4 * (3 * network + q)
-    assert rows["Diffusion-QL"]["flops"] == 50 * (5 * network + q)
+    assert rows["srpo", None]["flops"] == rows["srpo, act(obs) in NumPy", None]["flops"] == srpo
+    assert rows["behavior", 1]["flops"] == 3 * network
+    assert rows["idql", 4]["flops"] == 4 * (3 * network + q) and rows["idql", 2]["flops"] == 2 * (3 * network + q)
+    assert rows["Diffusion-QL", 50]["flops"] == 50 * (5 * network + q)
     printed = capsys.readouterr().out
-    assert all(name in printed for name in rows) and "CPU" in content["device"]
+    assert all(name in printed for name, _ in rows) and "CPU" in content["device"]
 
 
 class Corridor(gym.Env):
@@ -285,7 +308,7 @@ class Corridor(gym.Env):
 
     def step(self, action):
         self.x += float(action[0])
-        return self.obs(), 0.0, False, False, {}
+        return self.obs(), 0.0, False, False, {"success": abs(self.x - 9) < 0.5}
 
     def obs(self):
         return {"achieved_goal": np.array([self.x, 1.0]), "desired_goal": np.array([9.0, 1.0])}
@@ -293,9 +316,10 @@ class Corridor(gym.Env):
 
 def test_ways_are_the_positions_of_an_episode():
     gym.register("Corridor-v0", entry_point=Corridor)
-    info = {"environment": {"id": "Corridor-v0", "kwargs": {}, "max_episode_steps": 20}}
+    info = {"maze": True, "observation_space": serialize_space(Corridor.observation_space)}
+    environment = {"id": "Corridor-v0", "kwargs": {}, "max_episode_steps": 20}
     for speed, steps, success in ((1, 9, True), (0.1, 20, False)):
-        (way,) = srpo_eval.trace(lambda weights, info, v=speed: lambda obs: [[v]], None, info, [0])
+        way = srpo_eval.trace(lambda weights, info, v=speed: lambda obs: [[v]], None, info, environment, 0)
         assert way["goal"] == [9, 1] and way["success"] == success
         assert way["way"] == [[pytest.approx(i * speed, abs=0.006), 1] for i in range(steps)]
     del gym.registry["Corridor-v0"]
@@ -323,7 +347,10 @@ def test_video(pendulum_run):
     assert done.returncode == 0, done.stderr
     rows = json.loads((pendulum_run / "test-inverted-v0" / "eval.json").read_text())["policies"]
     films = sorted((pendulum_run / "test-inverted-v0" / "video").glob("*.mp4"))
-    assert [film.name for film in films] == ["behavior-seed0-episode-0.mp4", "srpo-seed0-beta0.05-episode-0.mp4"]
+    assert [film.name for film in films] == [
+        "behavior-seed0-1-candidates-episode-0.mp4",
+        "srpo-seed0-beta0.05-episode-0.mp4",
+    ]
     from moviepy import VideoFileClip
 
     for film, row in zip(films, sorted(rows, key=lambda row: row["policy"])):
@@ -335,15 +362,16 @@ def test_video(pendulum_run):
 def test_bad_input_rendering_that_is_impossible(pendulum_run):
     flags = ("--env", "test/inverted-v0", "--out-dir", pendulum_run, "--episodes", 0, "--workers", 1)
     done = run("eval.py", *flags, "--video", check=False, MUJOCO_GL="glfw", DISPLAY="")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: cannot render (") and "libegl1" in done.stderr
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]  # after what GLFW itself complains of
+    assert last.startswith("error: cannot render (") and "libegl1" in last
 
 
 # ---- the table of many runs
 
 
 def write_scores(folder, env, data, **scores):
-    """An eval.json with (mean, std) of policies; srpo: one per beta."""
+    """An eval.json with (beta, mean, std) of policies: several betas of srpo, or numbers of candidates of idql."""
     summary = [
         {"policy": name.partition("_")[0], "beta": beta, "score_mean": mean, "score_std": std, "seeds": 3}
         for name, (beta, mean, std) in scores.items()
@@ -360,7 +388,8 @@ def test_table_of_runs(tmp_path, capsys):
         tmp_path / "runs/antmaze-umaze",
         "antmaze-umaze",
         71.7,
-        idql=(None, 80.0, 1.0),
+        idql_a=(None, 80.0, 1.0),
+        idql_b=(None, 70.0, 4.0),
         srpo=(0.02, 90.25, 3.0),
         behavior=(None, 60.0, 0.5),
     )
@@ -368,8 +397,8 @@ def test_table_of_runs(tmp_path, capsys):
     (tmp_path / "runs/unfinished").mkdir()
     for out_dir in ("elsewhere", "runs", "runs"):  # the second table in runs finds the first one there
         with pytest.raises(SystemExit) as e:
-            run_here("eval.py", "--out-dir", out_dir, "--table", *sorted((tmp_path / "runs").iterdir()))
-        assert e.value.code == 0
+            run_here("plot.py", "--out-dir", out_dir, "--table", *sorted((tmp_path / "runs").iterdir()))
+        assert not e.value.code
     assert (tmp_path / "elsewhere/table.md").read_text() == (tmp_path / "runs/table.md").read_text()
     out = capsys.readouterr().out
     assert all("table.md" not in line for line in out.splitlines() if "left out" in line)
@@ -393,8 +422,8 @@ def test_table_of_runs(tmp_path, capsys):
 def test_bad_input_table_of_nothing(tmp_path):
     for flags in (("--table", tmp_path), ()):
         with pytest.raises(SystemExit) as e:
-            run_here("eval.py", *flags)
-        assert e.value.code.startswith("error: ") and "\n" not in e.value.code
+            run_here("plot.py", *flags)
+        assert e.value.code.startswith("error: ") and "--table" in e.value.code and "\n" not in e.value.code
 
 
 # ---- pictures
@@ -424,34 +453,49 @@ def test_learning_curves_show_the_log(tmp_path):
     assert [line.get_xydata().tolist() for line in axes["score"].get_lines()] == [[[30, 2]], [[30, 3]]]
 
 
-SCORES = {
-    "env": "x",
-    "data_score": 5.0,
-    "episodes": 7,
-    "candidates": 32,
-    "sampler_steps": 15,
-    "summary": [
-        {"policy": "srpo", "beta": 0.5, "score_mean": 60.0, "score_std": 3.0, "seeds": 2},
-        {"policy": "srpo", "beta": 0.1, "score_mean": 50.0, "score_std": 1.0, "seeds": 2},
-        {"policy": "idql", "beta": None, "score_mean": 55.0, "score_std": 2.0, "seeds": 2},
-    ],
-}
+SUMMARY = [("srpo", None, 0.5, 60.0, 3.0), ("srpo", None, 0.1, 50.0, 1.0), ("idql", 32, None, 55.0, 2.0)]
+SUMMARY += [("idql", 4, None, 54.0, 2.0), ("behavior", 1, None, 30.0, 2.0)]
+SUMMARY = [dict(zip(("policy", "candidates", "beta", "score_mean", "score_std"), row), seeds=2) for row in SUMMARY]
+SCORES = {"env": "x", "data_score": 5.0, "episodes": 7, "sampler_steps": 15, "summary": SUMMARY}
 
 
 def test_beta_picture_is_in_the_order_of_beta():
     ax = plot.plot_beta(SCORES).axes[0]
     assert ax.get_lines()[0].get_xydata().tolist() == [[0.1, 50], [0.5, 60]]
-    assert plot.plot_beta(SCORES | {"summary": SCORES["summary"][1:]}) is None  # one beta makes no curve
+    level = {line.get_label(): line.get_ydata()[0] for line in ax.get_lines()}
+    assert [level[f"IDQL, {n} candidates"] for n in (32, 4)] == [55, 54]
+    assert (level["behavior model"], level["data"]) == (30, 5)
+    assert plot.plot_beta(SCORES | {"summary": SUMMARY[1:]}) is None  # one beta makes no curve
 
 
 def test_time_picture_puts_scores_against_measured_times():
-    rows = [{"policy": "srpo", "us_batch_1": 20.0, "steps": None, "candidates": None}]
-    rows.append({"policy": "idql", "us_batch_1": 9000.0, "steps": 15, "candidates": 32})
-    latency = {"device": "CPU", "rows": rows}
-    ax = plot.plot_time(SCORES, latency).axes[0]
-    points = [tuple(point) for line in ax.get_lines() for point in line.get_xydata()]
-    assert {(20, 60), (20, 50), (9000, 55)} <= set(points)
-    assert plot.plot_time(SCORES | {"candidates": 4}, latency) is None  # scored with another sampler than timed
+    rows = [("srpo", 20.0, None, None), ("idql", 9000.0, 15, 32), ("idql", 2000.0, 15, 4), ("behavior", 700.0, 15, 1)]
+    rows.append(("SfBC", 9000.0, 15, 32))
+    rows = [dict(zip(("policy", "us_batch_1", "steps", "candidates"), row)) for row in rows]
+
+    def points(scores, rows):
+        lines = plot.plot_time(scores, {"device": "CPU", "rows": rows}).axes[0].get_lines()
+        return {tuple(point) for line in lines if line.get_marker() in "os^" for point in line.get_xydata().tolist()}
+
+    assert points(SCORES, rows) == {(20, 60), (9000, 55), (2000, 54), (700, 30)}  # the better beta
+    assert points(SCORES, rows[:2]) == {(20, 60), (9000, 55)}  # the others were not timed
+    assert plot.plot_time(SCORES | {"sampler_steps": 10}, {"device": "CPU", "rows": rows}) is None  # nor was this
+
+
+def test_maze_picture_has_a_panel_per_policy():
+    """Of each the first seed and beta, and only what was found in it."""
+    kinds = [("srpo", None, 0, 0.1), ("srpo", None, 1, 0.1), ("srpo", None, 0, 0.5), ("idql", 32, 0, None)]
+    kinds += [("idql", 4, 1, None), ("idql", 4, 2, None)]
+    ways = [dict(zip(("policy", "candidates", "seed", "beta"), kind), goal=[9, 9], success=True) for kind in kinds]
+    ways = [way | {"way": [[i, 0], [i, episode]]} for i, way in enumerate(ways) for episode in (1, 2)]
+    figure = plot.plot_maze({"cell": 4, "walls": [[0, 8], [4, 8]], "ways": ways}, "x")
+    drawn = {}
+    for ax in figure.axes:
+        lines = [line.get_xydata().tolist() for line in ax.get_lines()]
+        drawn[ax.get_title()] = [line for line in lines if len(line) == 2]
+        assert [patch.get_bbox().bounds for patch in ax.patches] == [(-2, 6, 4, 4), (2, 6, 4, 4)]
+    first = {"SRPO": 0, "IDQL, 32 candidates": 3, "IDQL, 4 candidates": 4}
+    assert drawn == {name: [[[i, 0], [i, 1]], [[i, 0], [i, 2]]] for name, i in first.items()}
 
 
 def test_bad_input_plot_of_no_run(tmp_path):

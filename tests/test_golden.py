@@ -6,7 +6,6 @@ import json
 import math
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,13 +89,9 @@ def clones(tensors):
     return [t.detach().clone() for t in tensors]
 
 
-def generators(n=1):
-    return [torch.Generator() for _ in range(n)]
-
-
 def golden_critic():
     """The critic with the golden weights."""
-    critic = srpo_critic.Critic(S, A, generators())
+    critic = srpo_critic.Critic(S, A, 1)
     for net, name in ((critic.q, "q."), (critic.q_target, "q_target."), (critic.v, "v.")):
         values = [fill(t["shape"], t["offset"]) for t in GOLDEN["critic"]["tensors"] if t["tensor"].startswith(name)]
         parameters = list(net.parameters())
@@ -107,13 +102,11 @@ def golden_critic():
 
 def golden_behavior(module):
     """The behaviour model of one of the scripts with the golden weights."""
-    model = module.BehaviorModel(S, A, generators()).eval()
+    model = module.BehaviorModel(S, A, 1, "eps").eval()
     tensors = {t["tensor"].removeprefix("behavior."): t for t in GOLDEN["behavior"]["tensors"]}
     values = {name: fill(t["shape"], t["offset"], name) for name, t in tensors.items()}
     put(model.W, [values["embed.0.W"]])
-    ordered = [values[n] for n in values if n.startswith("cond_model")] + [
-        values[n] for n in values if n.startswith("main")
-    ]
+    ordered = [values[n] for part in ("cond_model", "main") for n in values if n.startswith(part)]
     first = [p for n, p in model.named_parameters() if n.startswith("time.")]
     rest = [p for n, p in model.named_parameters() if not n.startswith("time.")]
     for parameter, value in zip(first + rest, ordered, strict=True):
@@ -141,11 +134,11 @@ def test_critic(domain):
     q, v, target = (list(net.parameters()) for net in (critic.q, critic.v, critic.q_target))
     before = clones(q), clones(v), clones(target)
     v_next = critic.v(x["next_s"]).mean().item()
-    args = SimpleNamespace(gamma=srpo_critic.Args.gamma, tau=srpo_critic.Args.tau, expectile=want["expectile"])
-    optimizer = torch.optim.Adam(q + v, lr=srpo_critic.Args.lr, fused=True)
+    args = srpo_critic.Args(env="", expectile=want["expectile"])
+    optimizer = torch.optim.Adam(q + v, lr=torch.tensor(args.lr), fused=True)
     window = torch.zeros(len(srpo_critic.METRICS), 1)
     batch = x["s"], x["a"], x["r"][..., 0], x["next_s"], x["done"][..., 0]
-    srpo_critic.make_update(args, critic, optimizer, lambda: batch, window)()
+    srpo_critic.make_update(args, critic, optimizer, lambda: batch, window, 0)()
 
     metrics = dict(zip(srpo_critic.METRICS, window[:, 0].tolist()))
     assert metrics["losses/v_loss"] == pytest.approx(want["v_loss"], rel=1e-5)
@@ -163,10 +156,11 @@ def test_behavior():
     want, x = GOLDEN["behavior"], inputs()
     model, parameters = golden_behavior(srpo_behavior)
     before = clones(parameters)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=srpo_behavior.Args.lr, weight_decay=0.01, fused=True)
+    args = srpo_behavior.Args(env="")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(args.lr), weight_decay=0.01, fused=True)
     window = torch.zeros(1, 1)
     batch = x["s"], x["a"], x["t"], x["z"]
-    srpo_behavior.make_update(None, model, optimizer, lambda: batch, window)()
+    srpo_behavior.make_update(args, model, optimizer, lambda: batch, window, 0)()
     assert window.item() == pytest.approx(want["loss"], rel=1e-5)
     check_grad(parameters, want["grad"])
     check_step(parameters, before, want["step"])
@@ -175,10 +169,10 @@ def test_behavior():
 @pytest.mark.parametrize("want", GOLDEN["actor"]["variants"], ids=lambda v: "-".join(map(str, list(v.values())[:4])))
 def test_actor(want):
     x = inputs()
-    q_target = srpo_actor.TwinQ(S, A, generators())
+    q_target = srpo_actor.TwinQ(S, A, 1)
     q_target.load_state_dict(golden_critic().q_target.state_dict())
     behavior, _ = golden_behavior(srpo_actor)
-    policy = srpo_actor.mlp([S] + [256] * want["hidden_layers"] + [A], generators()).append(nn.Tanh())
+    policy = srpo_actor.mlp([S] + [256] * want["hidden_layers"] + [A], 1).append(nn.Tanh())
     parameters = list(policy.parameters())
     for i, p in enumerate(parameters):
         shape = (p.shape[2], p.shape[1]) if i % 2 == 0 else p.shape[2:]
@@ -186,12 +180,12 @@ def test_actor(want):
     before, action = clones(parameters), policy(x["s"])[0, 0].tolist()
 
     variant = {key: want[key] for key in ("weight", "baseline", "q_grad_norm")}
-    args = SimpleNamespace(**variant, lr=srpo_actor.Args.lr, steps=10, beta=[want["beta"]])
+    args = srpo_actor.Args(env="", beta=(want["beta"],), **variant)
     optimizer = torch.optim.Adam(parameters, lr=torch.tensor(args.lr), fused=True)
     window = torch.zeros(len(srpo_actor.METRICS), 1)
     batch, beta = (x["s"], x["t"], x["z"]), torch.tensor(want["beta"]).view(1, 1, 1)
     frozen = copy.deepcopy([q_target.state_dict(), behavior.state_dict()])
-    srpo_actor.make_update(args, policy, q_target, behavior, optimizer, beta, lambda: batch, window, torch.zeros(()))()
+    srpo_actor.make_update(args, policy, q_target, behavior, optimizer, beta, lambda: batch, window, 0)()
 
     metrics = dict(zip(srpo_actor.METRICS, window[:, 0].tolist()))
     assert metrics["losses/actor_loss"] == pytest.approx(want["loss_times_beta"], rel=1e-5)

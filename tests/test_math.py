@@ -1,5 +1,6 @@
 """The losses against closed forms, in float64, through the functions that train."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -61,13 +62,13 @@ def test_time_outs_bootstrap_and_terminations_do_not():
 
 
 def test_polyak_step():
-    critic = srpo_critic.Critic(3, 2, [torch.Generator()])
-    critic.q_target.load_state_dict(srpo_critic.TwinQ(3, 2, [torch.Generator().manual_seed(5)]).state_dict())
+    critic = srpo_critic.Critic(3, 2, 1)
+    critic.q_target.load_state_dict(srpo_critic.TwinQ(3, 2, 1).state_dict())
     before = [p.clone() for p in critic.q_target.parameters()]
     optimizer = torch.optim.Adam([p for p in critic.parameters() if p.requires_grad], lr=0.1)
     batch = [torch.randn(1, 8, 3), torch.randn(1, 8, 2), torch.randn(1, 8), torch.randn(1, 8, 3), torch.zeros(1, 8)]
-    args = SimpleNamespace(gamma=0.99, expectile=0.7, tau=srpo_critic.Args.tau)
-    srpo_critic.make_update(args, critic, optimizer, lambda: batch, torch.zeros(5, 1))()
+    args = srpo_critic.Args(env="", expectile=0.7)
+    srpo_critic.make_update(args, critic, optimizer, lambda: batch, torch.zeros(5, 1), 0)()
     for old, new, online in zip(before, critic.q_target.parameters(), critic.q.parameters()):
         torch.testing.assert_close(new, old + 0.005 * (online - old), rtol=1e-12, atol=1e-14)
 
@@ -75,23 +76,76 @@ def test_polyak_step():
 # ---- behaviour model
 
 
-def test_behavior_loss_is_least_at_the_true_noise_predictor():
-    """For actions N(m, s^2) the best eps_psi is E[eps | a_t]: its gradient vanishes, its loss is the closed form."""
-    m, std, t = 0.3, 0.5, torch.full((1, 200_000, 1), 0.4)
+def posterior(a_t, t, m, std):
+    """Given a_t, what to expect of the noise and of the action behind it, for actions N(m, std^2)."""
     alpha, sigma = srpo_behavior.alpha_sigma(t)
-    variance = alpha**2 * std**2 + sigma**2
-    shift = torch.zeros(1, requires_grad=True)
+    way = (a_t - alpha * m) / (alpha**2 * std**2 + sigma**2)
+    return sigma * way, m + alpha * std**2 * way
 
-    def model(a_t, s, t):
-        return sigma * (a_t - alpha * m) / variance + shift
 
-    eps = torch.randn_like(t)
-    a = m + std * torch.randn_like(t)
-    loss = srpo_behavior.behavior_loss(model, None, a, t, eps).sum()
-    loss.backward()
-    expected = (alpha**2 * std**2 / variance).mean().item()  # the variance of eps given a_t
-    assert loss.item() == pytest.approx(expected, rel=0.02)
-    assert abs(shift.grad.item()) < 0.02
+def best_output(predict, a_t, t, m, std):
+    """What the best network of a kind puts out for actions N(m, std^2)."""
+    alpha, sigma = srpo_behavior.alpha_sigma(t)
+    noise, action = posterior(a_t, t, m, std)
+    return noise if predict == "eps" else alpha * noise - sigma * action
+
+
+def model_with(module, predict, output):
+    """The real model, but for its last layer's output, which is output(a_t, t)."""
+    model, seen = module.BehaviorModel(2, 1, 1, predict), []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    model.last.register_forward_hook(lambda *_: output(seen[-1][0], seen[-1][2]))
+    return model
+
+
+@pytest.mark.parametrize("predict", ["eps", "v"])
+@pytest.mark.parametrize("module", [srpo_behavior, srpo_actor])
+def test_the_best_network_of_either_kind_gives_the_expected_noise(module, predict):
+    m, std, t = 0.3, 0.5, torch.linspace(0.001, 1, 50).view(1, -1, 1)
+    a_t = 2 * torch.randn_like(t)
+    model = model_with(module, predict, lambda a_t, t: best_output(predict, a_t, t, m, std))
+    expected = posterior(a_t, t, m, std)[0]
+    torch.testing.assert_close(model(a_t, torch.randn(1, 50, 2), t), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("predict", ["eps", "v"])
+@pytest.mark.parametrize("t", [0.02, 0.4, 1.0])
+def test_behavior_loss_is_least_at_the_best_network(t, predict):
+    """There its gradient vanishes, and its value is the variance of what is predicted, given a_t."""
+    m, std, t = 0.3, 0.5, torch.full((1, 400, 1), t)
+    x = torch.randn(2, 20)
+    x = (x - x.mean(dim=1, keepdim=True)) / x.std(dim=1, correction=0, keepdim=True)
+    a, eps = torch.cartesian_prod(*x)[None].split(1, dim=-1)  # all pairs: means 0, covariance I, exactly
+    change = torch.zeros(2, requires_grad=True)
+
+    def output(a_t, t):
+        return best_output(predict, a_t, t, m, std) + change[0] + change[1] * a_t
+
+    model = model_with(srpo_behavior, predict, output)
+    loss, minimised = srpo_behavior.behavior_loss(model, torch.randn(1, 400, 2), m + std * a, t, eps)
+    minimised.sum().backward()
+    alpha, sigma = (x[0, 0].item() for x in srpo_behavior.alpha_sigma(t))
+    variance = std**2 / (alpha**2 * std**2 + sigma**2)  # of v given a_t
+    assert loss.item() == pytest.approx(alpha**2 * variance, rel=1e-9)
+    assert minimised.item() == pytest.approx(variance * (alpha**2 if predict == "eps" else 1), rel=1e-9)
+    assert change.grad.abs().max() < 1e-9
+
+
+def test_what_is_minimised_is_the_error_of_the_output():
+    """For v at every time |v_psi - v|^2, which is Eq. 13's error over alpha^2; for eps Eq. 13's error itself."""
+    for t in torch.linspace(0.001, 1, 30).tolist():
+        s, a, eps, t = torch.randn(2, 5, 3), torch.randn(2, 5, 2), torch.randn(2, 5, 2), torch.full((2, 5, 1), t)
+        alpha, sigma = srpo_behavior.alpha_sigma(t)
+        for predict, true in {"eps": eps, "v": alpha * eps - sigma * a}.items():
+            model, outputs = srpo_behavior.BehaviorModel(3, 2, 2, predict), []
+            model.last.register_forward_hook(lambda *args, outputs=outputs: outputs.append(args[2].detach()))
+            loss, minimised = srpo_behavior.behavior_loss(model, s, a, t, eps)
+            direct = ((outputs[0] - true) ** 2).sum(dim=-1).mean(dim=-1)
+            torch.testing.assert_close(minimised, direct, rtol=1e-10, atol=0)
+            if predict == "v":
+                torch.testing.assert_close(loss, alpha[0, 0] ** 2 * direct, rtol=1e-10, atol=0)
+            else:
+                assert torch.equal(loss, minimised)
 
 
 def test_the_two_copies_of_the_noise_schedule_preserve_variance():
@@ -118,7 +172,7 @@ def gaussian(m, std):
     return eps_psi
 
 
-@pytest.mark.parametrize("weight", ["sigma2", "one", "alpha_over_sigma"])
+@pytest.mark.parametrize("weight", ["sigma2", "one", "alpha_over_sigma", "t=0.3"])
 @pytest.mark.parametrize("baseline", [True, False])
 @pytest.mark.parametrize("t", [0.02, 0.3, 0.9])
 def test_eq15_is_the_gradient_of_eq14(weight, baseline, t):
@@ -131,15 +185,15 @@ def test_eq15_is_the_gradient_of_eq14(weight, baseline, t):
 
     s, eps, t = torch.randn(1, 10, 3), torch.randn(1, 10, 2), torch.full((1, 20, 1), t)
     s, eps = s.repeat(1, 2, 1), torch.cat([eps, -eps], dim=1)  # antithetic noise: sample means are exact
-    w = srpo_actor.WEIGHTS[weight]
-    loss, _, _ = srpo_actor.actor_loss(policy, q, gaussian(m, std), s, t, eps, beta, w, baseline, "none")
+    loss, _, _ = srpo_actor.actor_loss(policy, q, gaussian(m, std), s, t, eps, beta, weight, baseline, "none")
     ours = torch.autograd.grad(loss.sum(), list(policy.parameters()))
 
     alpha, sigma = srpo_actor.alpha_sigma(t)
     a = policy(s)
     variance = alpha**2 * std**2 + sigma**2
     kl = 0.5 * (sigma**2 / variance + alpha**2 * (a - m) ** 2 / variance - 1 + (variance / sigma**2).log())
-    eq14 = q(s, a).mean() - (w(alpha, sigma) * sigma / alpha * kl).sum(dim=-1).mean() / beta
+    w = {"sigma2": sigma**2, "one": 1}.get(weight, alpha / sigma)
+    eq14 = q(s, a).mean() - (w * sigma / alpha * kl).sum(dim=-1).mean() / beta
     for x, y in zip(ours, torch.autograd.grad(-beta * eq14, list(policy.parameters()))):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
@@ -154,7 +208,7 @@ def test_baseline_changes_the_noise_of_the_gradient_and_not_its_mean(t, helps):
     for baseline in (True, False):
         loss = srpo_actor.actor_loss(
             lambda s: a, lambda s, a: 0 * a[..., 0], gaussian(m, std), None, torch.full((1, n, 1), t), eps, 0.05,
-            srpo_actor.WEIGHTS["one"], baseline, "none",
+            "one", baseline, "none",
         )[0]  # fmt: skip
         grad[baseline] = n * torch.autograd.grad(loss.sum(), a)[0]
     mean = sigma * alpha * (0.5 - m) / variance
@@ -176,10 +230,9 @@ def test_training_reaches_the_optimum_of_eq14(baseline, tolerance):
         return (-k / 2 * (a - a_best) ** 2).squeeze(-1)[:, None].expand(-1, 2, -1)
 
     def draw():
-        s = torch.randn(1, 256, 2)
-        return s, *srpo_actor.sample_noise((1, 256, 1), t, t, "cpu")
+        return torch.randn(1, 256, 2), torch.full((1, 256, 1), t), torch.randn(1, 256, 1)
 
-    rest = torch.full((1, 1, 1), beta), draw, torch.zeros(3, 1), torch.zeros(())
+    rest = torch.full((1, 1, 1), beta), draw, torch.zeros(3, 1), 0
     update = srpo_actor.make_update(args, policy, q, gaussian(m, std), optimizer, *rest)
     for _ in range(args.steps):
         update()
@@ -194,7 +247,7 @@ def actor_gradient(q, beta, q_grad_norm, dims=3):
     a = torch.rand(1, 7, dims, generator=generator).requires_grad_()
     eps, t = torch.randn(1, 7, dims, generator=generator), torch.rand(1, 7, 1, generator=generator)
     loss, _, norm = srpo_actor.actor_loss(
-        lambda s: a, q, gaussian(0.1, 0.5), None, t, eps, beta, srpo_actor.WEIGHTS["sigma2"], True, q_grad_norm
+        lambda s: a, q, gaussian(0.1, 0.5), None, t, eps, beta, "sigma2", True, q_grad_norm
     )
     return torch.autograd.grad(loss.sum(), a)[0], norm
 
@@ -217,22 +270,36 @@ def test_a_flat_q_gives_a_finite_gradient(norm):
     torch.testing.assert_close(gradient, actor_gradient(lambda s, a: 0 * a.sum(dim=-1), 0.05, "none")[0])
 
 
-def test_learning_rate_follows_torch_cosine_schedule():
-    policy, args = nn.Linear(2, 1), SimpleNamespace(weight="one", baseline=True, q_grad_norm="none", lr=0.3, steps=20)
-    args.beta = [0.1]
-    reference = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=args.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(reference, T_max=args.steps)
+# ---- all stages
 
-    def q(s, a):
-        return 0 * a.squeeze(-1)[:, None].expand(-1, 2, -1)
 
-    noise = torch.randn(1, 4, 2), torch.full((1, 4, 1), 0.5), torch.randn(1, 4, 1)
-    rest = torch.full((1, 1, 1), 0.1), lambda: noise, torch.zeros(3, 1)
-    for start in (0, 10):  # from the beginning, and resumed at step 10
-        optimizer = torch.optim.Adam(policy.parameters(), lr=torch.tensor(args.lr))
-        update = srpo_actor.make_update(args, policy, q, gaussian(0, 1), optimizer, *rest, torch.tensor(float(start)))
-        for _ in range(10):
-            update()
-            assert optimizer.param_groups[0]["lr"].item() == pytest.approx(reference.param_groups[0]["lr"], abs=1e-12)
-            reference.step()
-            schedule.step()
+@pytest.mark.parametrize("start", [0, 14])
+@pytest.mark.parametrize("decay", [True, False])
+@pytest.mark.parametrize("stage", ["critic", "behavior", "actor"])
+def test_steps_follow_the_cosine(stage, decay, start):
+    """Each step takes the rate of its number, also where a run goes on; the actor's rate decays always."""
+    args = SimpleNamespace(lr=0.01, steps=20, lr_decay=decay, gamma=0.99, expectile=0.7, tau=0.005, beta=[0.1])
+    args.weight, args.baseline, args.q_grad_norm = "sigma2", True, "none"
+    s, a, t, r = torch.randn(1, 4, 3), torch.randn(1, 4, 2), torch.rand(1, 4, 1), torch.randn(1, 4)
+    if stage == "critic":
+        module, net = srpo_critic, srpo_critic.Critic(3, 2, 1)
+        between, batch = (), (s, a, r, s, 0 * r)
+    elif stage == "behavior":
+        module, net = srpo_behavior, srpo_behavior.BehaviorModel(3, 2, 1, "eps")
+        between, batch = (), (s, a, t, torch.randn_like(a))
+    else:
+        module, net = srpo_actor, srpo_actor.mlp([3, 8, 2], 1)
+        between, batch = (srpo_actor.TwinQ(3, 2, 1), gaussian(0, 1)), (s, t, torch.randn_like(a))
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=torch.tensor(args.lr))  # its steps show the rate
+    beta = (torch.full((1, 1, 1), 0.1),) if stage == "actor" else ()
+    window = torch.zeros(len(module.METRICS), 1)
+    update = module.make_update(args, net, *between, optimizer, *beta, lambda: batch, window, start)
+    for step in range(start, start + 6):
+        before = [p.detach().clone() for p in trained]
+        update()
+        constant = stage != "actor" and not decay
+        rate = 0.01 if constant else 0.01 * (1 + math.cos(math.pi * step / 20)) / 2
+        assert optimizer.param_groups[0]["lr"].item() == pytest.approx(rate, rel=1e-12)
+        for old, p in zip(before, trained):
+            torch.testing.assert_close(p.detach(), old - rate * p.grad, rtol=1e-12, atol=1e-14)

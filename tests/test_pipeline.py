@@ -1,23 +1,22 @@
 """The scripts as a user runs them: hand-over, resume, evaluation, logging."""
 
 import json
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
-import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, create, prepared, random_episodes, run, run_here
+from conftest import TINY, create, episode, prepared, random_episodes, run, run_here
+from gymnasium import spaces
+from minari.serialization import serialize_space
+from tqdm import tqdm
 
 import eval as srpo_eval
 import srpo_actor
@@ -25,6 +24,7 @@ import srpo_behavior
 import srpo_critic
 
 STAGES = ("critic", "behavior", "actor")
+FOLDER = "test-pendulum-v0"
 EXPECTED = {  # metric names
     "critic": {"losses/v_loss", "losses/q_loss", "values/v_mean", "values/q_mean", "values/q_max"},
     "behavior": {"losses/behavior_loss"},
@@ -50,6 +50,14 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def paths(trained):
+    """The flags with which the actor reads another run's artifacts."""
+    return ("--critic", trained / "critic.pt", "--behavior", trained / "behavior.pt")
+
+
+# ---- all stages
+
+
 def test_end_to_end(tmp_path):
     """All stages and eval in processes of their own, nothing but --env and sizes given."""
     for stage in STAGES:
@@ -59,7 +67,7 @@ def test_end_to_end(tmp_path):
         out = run(f"srpo_{stage}.py", *TINY, "--steps", 40, *extra)
         assert "saved runs/test-pendulum-v0" in out.stdout
     done = run("eval.py", "--env", "test/pendulum-v0", "--episodes", 12)
-    folder = tmp_path / "runs" / "test-pendulum-v0"
+    folder = tmp_path / "runs" / FOLDER
 
     result = json.loads((folder / "eval.json").read_text())
     assert [(p["seed"], p["beta"]) for p in result["policies"]] == [(0, 0.1), (0, 0.5), (1, 0.1), (1, 0.5)]
@@ -77,24 +85,34 @@ def test_end_to_end(tmp_path):
     assert not list(folder.glob("*.ckpt*")) and not list(folder.glob("*.tmp"))
 
 
+def test_evaluations_come_at_the_first_log_line_after_each_interval_and_at_the_end(trained, tmp_path):
+    flags = ("--steps", 45, "--eval-every", 15, "--eval-episodes", 1, "--eval-workers", 1, "--num-seeds", 1)
+    run_here("srpo_actor.py", *TINY, *flags, *paths(trained))
+    log = lines(tmp_path / "runs" / FOLDER / "actor.jsonl")
+    assert [line["step"] for line in log] == [10, 20, 30, 40, 45]
+    assert [line["step"] for line in log if "eval/score" in line] == [20, 30, 45]
+
+
 def test_the_main_parts_set_up_what_the_paper_says(trained):
     """What stands outside of functions: initial weights, optimizers, times, and the actor's frozen networks."""
-    tiny = (*TINY, "--steps", 1, "--lr", 1e-9, "--out-dir")
-    six = run_here("srpo_critic.py", *tiny, "six", "--num-seeds", 6)
-    alone = run_here("srpo_critic.py", *tiny, "one", "--seed", 4)
-    for name, x in alone["critic"].state_dict().items():
-        torch.testing.assert_close(six["critic"].state_dict()[name].unflatten(0, (6, -1))[4], x, rtol=1e-5, atol=1e-6)
-    assert type(six["optimizer"]) is torch.optim.Adam and len(six["seeds"]) == 6
+    tiny = (*TINY, "--steps", 1, "--lr", 1e-9, "--out-dir", "one")
+    names = run_here("srpo_critic.py", *tiny, "--num-seeds", 3)
+    assert type(names["optimizer"]) is torch.optim.Adam and names["about"]["seeds"] == [0, 1, 2]
+    assert_initial(names["critic"], inputs={"q.net.0": 4, "q_target.net.0": 4, "v.0": 3})
+    for name, x in names["critic"].q.state_dict().items():  # the targets begin as copies
+        torch.testing.assert_close(names["critic"].q_target.state_dict()[name], x, rtol=1e-5, atol=1e-6)
 
-    names = run_here("srpo_behavior.py", *tiny, "one", "--batch-size", 5000)
+    names = run_here("srpo_behavior.py", *tiny, "--batch-size", 5000)
     assert type(names["optimizer"]) is torch.optim.AdamW and names["optimizer"].defaults["weight_decay"] == 0.01
-    assert names["model"].training
+    assert names["model"].training and names["model"].predict == "eps"
+    assert names["model"].W.std().item() == pytest.approx(30, rel=0.5)
     t = names["draw"]()[2]
     assert 0.001 <= t.min() < 0.005 and 0.995 < t.max() <= 1
 
-    paths = ("--critic", trained / "critic.pt", "--behavior", trained / "behavior.pt", "--eval-every", 0)
-    names = run_here("srpo_actor.py", *tiny, "one", *paths, "--batch-size", 5000, "--seed", 1, "--beta", 0.1, 0.2)
+    more = ("--eval-every", 0, "--batch-size", 5000, "--seed", 1, "--beta", 0.1, 0.2)
+    names = run_here("srpo_actor.py", *tiny, *paths(trained), *more)
     assert type(names["optimizer"]) is torch.optim.Adam and not names["behavior"].training
+    assert_initial(names["policy"], inputs={"0": 3})
     t = names["draw"]()[1]
     assert 0.02 <= t.min() < 0.03 and 0.97 < t.max() <= 0.98
     critic, behavior = weights(trained / "critic.pt"), weights(trained / "behavior.pt")
@@ -102,35 +120,33 @@ def test_the_main_parts_set_up_what_the_paper_says(trained):
         assert torch.equal(x, critic[f"q_target.{name}"][2:])  # seed 1's two heads
     for name, x in names["behavior"].state_dict().items():
         assert torch.equal(x, behavior[name][1:])
-    initial = srpo_actor.mlp([3, 256, 256, 1], [torch.Generator().manual_seed(1)] * 1).state_dict()
-    for name, x in initial.items():
-        torch.testing.assert_close(names["policy"].state_dict()[name], x.repeat(2, 1, 1), rtol=1e-5, atol=1e-6)
+
+
+def assert_initial(network, inputs):
+    """Every replica is different and fills the range of nn.Linear's initial weights; inputs: widths that are no 256."""
+    for name, x in network.state_dict().items():
+        bound = inputs.get(name.rpartition(".")[0], 256) ** -0.5
+        assert x.abs().max() <= bound + 1e-6 and (x.numel() < 500 or x.abs().max() > 0.95 * bound), name
+        assert len({tuple(replica.flatten().tolist()) for replica in x}) == len(x), name
 
 
 def test_the_updates_bring_nothing_to_the_host(monkeypatch):
     """With every way from a tensor to a Python value blocked, which on CUDA would be a synchronisation."""
-    generators = [torch.Generator()]
-    nets = (
-        srpo_critic.Critic(3, 1, generators),
-        srpo_behavior.BehaviorModel(3, 1, generators),
-        srpo_actor.mlp([3, 8, 1], generators),
-    )
-    frozen = srpo_actor.TwinQ(3, 1, generators), srpo_actor.BehaviorModel(3, 1, generators).eval()
+    nets = srpo_critic.Critic(3, 1, 1), srpo_behavior.BehaviorModel(3, 1, 1, "v"), srpo_actor.mlp([3, 8, 1], 1)
+    frozen = srpo_actor.TwinQ(3, 1, 1), srpo_actor.BehaviorModel(3, 1, 1, "v").eval()
     args = SimpleNamespace(gamma=0.9, expectile=0.7, tau=0.1, weight="one", baseline=True, q_grad_norm="rms")
-    args.lr, args.steps, args.beta = 0.1, 10, [0.1]
-    lr, beta, done = torch.tensor(0.1), torch.ones(1, 1, 1), torch.zeros(())
-    adams = [torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=lr, fused=True) for net in nets]
-    data = {"s": torch.zeros(9, 3), "a": torch.zeros(9, 1), "r": torch.zeros(9)}
-
-    def draw(stage):
-        s, a, r = srpo_critic.sample(data, 1, 8)
-        t, eps = srpo_behavior.sample_noise(a.shape, 0.1, 0.9, "cpu")
-        return {"critic": (s, a, r, s, r), "behavior": (s, a, t, eps), "actor": (s, t, eps)}[stage]
-
+    args.lr, args.steps, args.beta, args.lr_decay = 0.1, 10, [0.1], True
+    beta, rates = torch.ones(1, 1, 1), [torch.tensor(0.1) for _ in nets]
+    adams = [
+        torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=lr, fused=True)
+        for net, lr in zip(nets, rates)
+    ]
+    s, a, r, t, eps = torch.zeros(1, 8, 3), torch.zeros(1, 8, 1), *torch.rand(3, 1, 8, 1)
+    columns = s, a, r[..., 0], s, r[..., 0]
     updates = [
-        srpo_critic.make_update(args, nets[0], adams[0], lambda: draw("critic"), torch.zeros(5, 1)),
-        srpo_behavior.make_update(args, nets[1], adams[1], lambda: draw("behavior"), torch.zeros(1, 1)),
-        srpo_actor.make_update(args, nets[2], *frozen, adams[2], beta, lambda: draw("actor"), torch.zeros(3, 1), done),
+        srpo_critic.make_update(args, nets[0], adams[0], lambda: columns, torch.zeros(5, 1), 0),
+        srpo_behavior.make_update(args, nets[1], adams[1], lambda: (s, a, t, eps), torch.zeros(1, 1), 0),
+        srpo_actor.make_update(args, nets[2], *frozen, adams[2], beta, lambda: (s, t, eps), torch.zeros(3, 1), 0),
     ]
 
     def blocked(*args, **kwargs):
@@ -144,64 +160,118 @@ def test_the_updates_bring_nothing_to_the_host(monkeypatch):
         for update in updates:
             update()
             update()
-    assert done.item() == 2
+    for adam in adams:  # the rate of the second step
+        assert adam.param_groups[0]["lr"].item() == pytest.approx(0.1 * (1 + np.cos(np.pi / 10)) / 2)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_computes_the_same(tmp_path):
+    for name, flag in ("eager", "--no-compile"), ("compiled", "--compile"):
+        flags = (*TINY, "--log-every", 1, "--steps", 20, "--num-seeds", 2, "--run-name", name, flag)
+        subprocess.run(
+            prepared("import torch._inductor.config as c; c.fallback_random = True", "srpo_critic.py", *flags),
+            check=True,
+            capture_output=True,
+        )
+    eager, compiled = (lines(tmp_path / "runs" / name / "critic.jsonl") for name in ("eager", "compiled"))
+    assert len(eager) == len(compiled) == 20
+    for one, two in zip(eager, compiled):
+        for name in EXPECTED["critic"] - {"charts/SPS"}:
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-3), (one["step"], name)
+
+
+# ---- interrupted runs
 
 
 def stage_flags(stage, trained):
-    """Flags that train one stage for 60 steps with checkpoints; the actor reads the artifacts of another run."""
-    flags = (*TINY, "--steps", 60, "--checkpoint-every", 7)
-    if stage != "actor":
-        return (*flags, "--num-seeds", 2)
+    """60 steps, log lines at each fifth, checkpoints at each tenth; the actor reads another run's artifacts."""
+    flags = (*TINY, "--steps", 60, "--log-every", 5, "--checkpoint-every", 10)
     return (
-        *flags,
-        "--critic",
-        trained / "critic.pt",
-        "--behavior",
-        trained / "behavior.pt",
-        "--beta",
-        0.1,
-        0.5,
-        "--eval-every",
-        0,
+        (*flags, *paths(trained), "--beta", 0.1, 0.5, "--eval-every", 0)
+        if stage == "actor"
+        else (
+            *flags,
+            "--num-seeds",
+            2,
+        )
     )
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_and_resumed_ends_as_uninterrupted(stage, trained, tmp_path):
-    script, flags = f"srpo_{stage}.py", stage_flags(stage, trained)
-    run_here(script, *flags, "--out-dir", "whole")
-    whole, folder = tmp_path / "whole" / "test-pendulum-v0", tmp_path / "killed" / "test-pendulum-v0"
+AT_STEP = """
+import os, signal, tqdm
+old = tqdm.tqdm.__iter__
+def steps(self):
+    for step in old(self):
+        if step == {step}:
+            os.kill(os.getpid(), signal.{signal})
+        yield step
+tqdm.tqdm.__iter__ = steps
+"""
 
-    process = subprocess.Popen(slowed(script, *flags, "--out-dir", "killed"), stderr=subprocess.DEVNULL)
-    checkpoint = folder / f"{stage}.ckpt"
-    while not (checkpoint.exists() and load(checkpoint)["step"] >= 14):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (folder / f"{stage}.pt").exists()
 
-    run_here(script, *flags, "--out-dir", "killed", "--resume")
-    assert_same_run(whole, folder, stage)
-    assert len(lines(folder / f"{stage}.jsonl")) == 6
-    assert not checkpoint.exists()
+def killed(step, script, *flags, number="SIGKILL"):
+    """The script in a process of its own that gets a signal before this step."""
+    code = AT_STEP.format(step=step, signal=number)
+    done = subprocess.run(prepared(code, script, *flags), capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.Signals[number], done.stderr
+
+
+def interrupted(step, script, *flags):
+    """The script within this process, as if Ctrl-C were pressed before this step."""
+    old = tqdm.__iter__
+
+    def steps(self):
+        for i in old(self):
+            if i == step:
+                raise KeyboardInterrupt
+            yield i
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tqdm, "__iter__", steps)
+        run_here(script, *flags)
+
+
+def slowed(script, *flags, pause=0.1):
+    """The script's command with pauses between steps, so that it is killed before its end."""
+    code = "import time, tqdm\nold = tqdm.tqdm.__iter__\ndef steps(self):\n    for step in old(self):\n        "
+    return prepared(f"{code}time.sleep({pause})\n        yield step\ntqdm.tqdm.__iter__ = steps", script, *flags)
 
 
 def assert_same_run(one, two, stage, steps=60):
     """The same artifact bit for bit, and the same log but for times."""
     assert same(weights(one / f"{stage}.pt"), weights(two / f"{stage}.pt"))
     logs = [
-        [{k: v for k, v in line.items() if k not in ("seconds", "charts/SPS")} for line in lines(f / f"{stage}.jsonl")]
+        [{k: v for k, v in line.items() if k != "charts/SPS"} for line in lines(f / f"{stage}.jsonl")]
         for f in (one, two)
     ]
     assert logs[0] == logs[1] and logs[0][-1]["step"] == steps
+    assert not list(two.glob("*.ckpt*"))
 
 
-def slowed(script, *flags):
-    """The script's command with pauses between steps, so that it is killed before its end."""
-    code = "import time, tqdm; old = tqdm.tqdm.update\n"
-    code += "def update(self, n=1): time.sleep(0.5); return old(self, n)\ntqdm.tqdm.update = update"
-    return prepared(code, script, *flags)
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_and_resumed_ends_as_uninterrupted(stage, trained, tmp_path):
+    script, flags = f"srpo_{stage}.py", stage_flags(stage, trained)
+    flags += ("--lr-decay",) if stage != "actor" else ()  # the actor's always decreases
+    run_here(script, *flags, "--out-dir", "whole")
+    whole, folder = tmp_path / "whole" / FOLDER, tmp_path / "killed" / FOLDER
+    rates = [line["charts/learning_rate"] for line in lines(whole / f"{stage}.jsonl")]
+    np.testing.assert_allclose(rates, [3e-4 * np.cos(np.pi * (step - 1) / 120) ** 2 for step in range(5, 65, 5)], 1e-4)
+
+    killed(38, script, *flags, "--out-dir", "killed")
+    assert load(folder / f"{stage}.ckpt")["step"] == 30 and not (folder / f"{stage}.pt").exists()
+    assert [line["step"] for line in lines(folder / f"{stage}.jsonl")] == list(range(5, 36, 5))
+    run_here(script, *flags, "--out-dir", "killed", "--resume")
+    assert_same_run(whole, folder, stage)
+
+
+def test_checkpoints_are_written_after_log_lines(trained, tmp_path):
+    """At the first one in each interval; a kill between them costs the steps since the last."""
+    flags = (*TINY, "--steps", 60, "--log-every", 7, "--checkpoint-every", 20)
+    for step, last in (21, None), (22, 21), (41, 21), (43, 42):
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        interrupted(step, "srpo_behavior.py", *flags)
+        path = tmp_path / "runs" / FOLDER / "behavior.ckpt"
+        assert (load(path)["step"] if path.exists() else None) == last
 
 
 def test_resume_of_a_finished_run_does_nothing(trained, capsys):
@@ -209,80 +279,93 @@ def test_resume_of_a_finished_run_does_nothing(trained, capsys):
     flags = (*TINY, "--steps", 20, "--num-seeds", 2, "--out-dir", trained.parent, "--resume")
     with pytest.raises(SystemExit) as e:
         run_here("srpo_critic.py", *flags)
-    assert e.value.code == 0 and "finished" in capsys.readouterr().out
+    assert not e.value.code and "finished" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="gamma = 0.99, not 0.5"):  # that would be another run
         run_here("srpo_critic.py", *flags, "--gamma", 0.5)
     assert (trained / "critic.pt").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_resume_takes_no_shorter_run_for_finished(stage, trained):
-    flags = stage_flags(stage, trained)
+def test_resume_takes_no_shorter_run_for_finished(stage, trained, tmp_path):
+    flags, path = (*stage_flags(stage, trained), "--steps", 10), tmp_path / "runs" / FOLDER / f"{stage}.pt"
     run_here(f"srpo_{stage}.py", *flags)
+    before = path.read_bytes()
     with pytest.raises(SystemExit) as e:
         run_here(f"srpo_{stage}.py", *flags, "--steps", 1000, "--resume")
-    assert e.value.code.startswith("error: ") and "not 1000" in e.value.code
+    assert e.value.code.startswith("error: ") and "steps = 10, not 1000" in e.value.code
+    assert path.read_bytes() == before
 
 
-def test_new_policies_take_over_no_scores(trained, tmp_path):
-    folder = shutil.copytree(trained, tmp_path / "runs" / trained.name)
-    (folder / "eval.json").write_text("of the old")
-    run_here("srpo_actor.py", *TINY, "--steps", 2, "--eval-every", 0, "--beta", 0.1)
-    (kept,) = folder.glob("eval*.json")
-    assert kept.name != "eval.json" and kept.read_text() == "of the old"
-
-
-def test_resume_takes_no_earlier_run_for_its_own(trained, tmp_path):
-    """A new run that is killed before its first checkpoint, into a folder that holds a finished one."""
-    folder = tmp_path / "runs" / "test-pendulum-v0"
-    run_here("srpo_critic.py", *TINY, "--steps", 20)
-    code = "import os, tqdm; tqdm.tqdm.update = lambda self, n: os._exit(9)"
-    killed = prepared(code, "srpo_critic.py", *TINY, "--steps", 20)
-    assert subprocess.run(killed, stderr=subprocess.DEVNULL).returncode == 9
-    run_here("srpo_critic.py", *TINY, "--steps", 20, "--resume")
-    assert len(list(folder.glob("critic*.pt"))) == 2
-
-    paths = ("--behavior", trained / "behavior.pt", "--eval-every", 0, "--steps", 10)
-    run_here("srpo_critic.py", *TINY, "--steps", 21, "--num-seeds", 2, "--run-name", "another")
-    run_here("srpo_actor.py", *TINY, "--critic", trained / "critic.pt", *paths)
-    with pytest.raises(SystemExit, match="other data or artifacts"):
-        run_here("srpo_actor.py", *TINY, "--critic", "runs/another/critic.pt", *paths, "--resume")
-
-
-def unfinished(script, *flags):
-    """Train, and put a checkpoint of step 5 into the place of the artifact."""
-    names = run_here(script, *flags)
-    (names["folder"] / f"{names['STAGE']}.pt").unlink()
-    net = names["policy"] if "policy" in names else names["critic"]
-    names["save_checkpoint"](
-        names["checkpoint"], names["args"], names["info"], 5, net, names["optimizer"], names["window"]
-    )
-
-
-def test_resume_refuses_other_arguments_and_data(tmp_path):
-    unfinished("srpo_critic.py", *TINY, "--steps", 10)
-    for flags, message in (
+def test_resume_refuses_other_arguments_and_data(data_root, tmp_path):
+    env = gym.make("Pendulum-v1", max_episode_steps=40)
+    create("test/grows-v0", random_episodes(env, 2, 40), env=env)
+    flags = ("--env", "test/grows-v0", *TINY[2:], "--steps", 20, "--checkpoint-every", 5)
+    interrupted(15, "srpo_critic.py", *flags)
+    before = (tmp_path / "runs" / "test-grows-v0" / "critic.ckpt").read_bytes()
+    for other, message in (
         (("--batch-size", 9), "batch_size = 8, not 9"),
         (("--seed", 3), "seed = 0, not 3"),
-        (("--dataset", "test/pendulum-v0+test/pendulum-v0"), "dataset = None, not test/pendulum-v0"),
-        (("--steps", 4), "is at step 5, past --steps 4"),
+        (("--lr-decay",), "lr_decay = False, not True"),
+        (("--no-normalize-obs",), "normalize_obs = None, not False"),
+        (("--dataset", "test/grows-v0+test/grows-v0"), "dataset = None"),
+        (("--steps", 30), "steps = 20, not 30"),
     ):
-        with pytest.raises(SystemExit, match=message):
-            run_here("srpo_critic.py", *TINY, "--steps", 10, *flags, "--resume")
-    run_here("srpo_critic.py", *TINY, "--steps", 12, "--wandb-entity", "team", "--resume")  # more steps are fine
+        with pytest.raises(SystemExit, match=message) as e:
+            run_here("srpo_critic.py", *flags, *other, "--resume")
+        assert e.value.code.startswith("error: ") and "\n" not in e.value.code
+    shutil.rmtree(data_root / "test" / "grows-v0")
+    create("test/grows-v0", random_episodes(env, 2, 40, seed=1), env=env)  # as many transitions, others
+    with pytest.raises(SystemExit, match="--resume needs the same"):
+        run_here("srpo_critic.py", *flags, "--resume")
+    shutil.rmtree(data_root / "test" / "grows-v0")
+    create("test/grows-v0", random_episodes(env, 2, 40), env=env)
+    assert (tmp_path / "runs" / "test-grows-v0" / "critic.ckpt").read_bytes() == before
+    run_here("srpo_critic.py", *flags, "--wandb-entity", "team", "--checkpoint-every", 3, "--resume")  # these may
 
 
 def test_resume_refuses_other_frozen_networks(trained, tmp_path):
-    paths = ("--behavior", trained / "behavior.pt", "--eval-every", 0, "--steps", 10)
+    flags = (*TINY, "--steps", 20, "--checkpoint-every", 5, "--eval-every", 0, "--behavior", trained / "behavior.pt")
     run_here("srpo_critic.py", *TINY, "--steps", 21, "--num-seeds", 2, "--run-name", "another")
-    unfinished("srpo_actor.py", *TINY, "--critic", trained / "critic.pt", *paths)
-    with pytest.raises(SystemExit, match="other data or artifacts"):
-        run_here("srpo_actor.py", *TINY, "--critic", "runs/another/critic.pt", *paths, "--resume")
-    run_here("srpo_actor.py", *TINY, "--critic", trained / "critic.pt", *paths, "--resume")
+    interrupted(15, "srpo_actor.py", *flags, "--critic", trained / "critic.pt")
+    for finished in (False, True):
+        with pytest.raises(SystemExit, match="sources = .*--resume needs the same"):
+            run_here("srpo_actor.py", *flags, "--critic", "runs/another/critic.pt", "--resume")
+        if not finished:  # the same networks under another path are fine
+            shutil.copy(trained / "critic.pt", tmp_path / "copy.pt")
+            run_here("srpo_actor.py", *flags, "--critic", "copy.pt", "--resume")
+    assert (tmp_path / "runs" / FOLDER / "actor.pt").exists()
+
+
+def test_new_policies_take_over_no_scores(trained, tmp_path, capsys):
+    """Nor times nor ways; all are kept under names with their date."""
+    folder = shutil.copytree(trained, tmp_path / "runs" / trained.name)
+    old, results = weights(folder / "actor.pt"), ("eval.json", "latency.json", "trajectories.json")
+    for name in results:
+        (folder / name).write_text(f"{name} of the old")
+    run_here("srpo_actor.py", *TINY, "--steps", 2, "--eval-every", 0, "--beta", 0.1)
+    out = capsys.readouterr().out
+    for name in results:
+        (kept,) = folder.glob(f"{name[:-5]}*.json")
+        assert kept.name != name and kept.read_text() == f"{name} of the old" and kept.name in out
+    (kept,) = folder.glob("actor-*.pt")
+    assert same(weights(kept), old) and kept.name in out and len(load(folder / "actor.pt")["betas"]) == 2
+    assert same(weights(folder / "critic.pt"), weights(trained / "critic.pt"))  # the other stages' stay
+
+
+def test_resume_takes_no_earlier_run_for_its_own(tmp_path):
+    """A new run that is killed before its first checkpoint, into a folder that holds a finished one."""
+    folder = tmp_path / "runs" / FOLDER
+    run_here("srpo_critic.py", *TINY, "--steps", 20)
+    before = weights(folder / "critic.pt")
+    interrupted(5, "srpo_critic.py", *TINY, "--steps", 20, "--seed", 1)
+    assert not (folder / "critic.pt").exists()
+    run_here("srpo_critic.py", *TINY, "--steps", 20, "--seed", 1, "--resume")
+    (kept,) = folder.glob("critic-*.pt")
+    assert same(weights(kept), before) and not same(weights(folder / "critic.pt"), before)
 
 
 def test_nothing_finished_or_unfinished_is_overwritten(tmp_path, capsys):
-    folder = tmp_path / "runs" / "test-pendulum-v0"
+    folder = tmp_path / "runs" / FOLDER
     run_here("srpo_critic.py", *TINY, "--steps", 10)
     first, log = weights(folder / "critic.pt"), (folder / "critic.jsonl").read_text()
     (folder / "critic.ckpt").write_text("of a run that was killed")
@@ -294,32 +377,141 @@ def test_nothing_finished_or_unfinished_is_overwritten(tmp_path, capsys):
     assert all(path.name in out for path in (kept, kept_log, kept_checkpoint))
 
 
-def test_evaluating_changes_no_bit_of_the_weights(trained, tmp_path):
-    paths = ("--critic", trained / "critic.pt", "--behavior", trained / "behavior.pt")
+def test_runs_that_end_within_a_second_are_all_kept(tmp_path):
+    folder, contents = tmp_path / "runs" / FOLDER, []
+    for seed in range(4):
+        run_here("srpo_critic.py", *TINY, "--steps", 1, "--seed", seed)
+        contents.append((folder / "critic.pt").read_bytes())
+    assert sorted(path.read_bytes() for path in folder.glob("critic*.pt")) == sorted(contents)
+
+
+# ---- evaluation
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_evaluating_changes_no_bit_of_the_weights(workers, trained, tmp_path):
     for every in (0, 5):
-        run(
-            "srpo_actor.py",
-            *TINY,
-            "--steps",
-            20,
-            *paths,
-            "--eval-every",
-            every,
-            "--eval-episodes",
-            2,
-            "--out-dir",
-            str(every),
-        )
-    assert same(*(weights(tmp_path / str(every) / "test-pendulum-v0" / "actor.pt") for every in (0, 5)))
+        flags = ("--log-every", 5, "--steps", 20, "--eval-every", every, "--eval-episodes", 2, "--out-dir", every)
+        run_here("srpo_actor.py", *TINY, *flags, *paths(trained), "--eval-workers", workers)
+    assert same(*(weights(tmp_path / str(every) / FOLDER / "actor.pt") for every in (0, 5)))
 
 
-def hopper_file(path):
-    """A D4RL file: 30 random steps of Hopper-v5, six time-outs."""
-    (e,) = random_episodes(gym.make("Hopper-v5", terminate_when_unhealthy=False), 1, 30)
-    with h5py.File(path, "w") as f:
-        f["observations"], f["actions"], f["rewards"] = e.observations[:-1], e.actions, e.rewards
-        f["terminals"], f["timeouts"] = np.zeros(30, bool), np.arange(30) % 5 == 4
-    return path
+def torch_policy(artifact, replica):
+    """act(raw observations [B, S]) -> actions, by PyTorch alone."""
+    state = list(artifact["weights"].values())
+    layers = [(weight[replica].double(), bias[replica].double()) for weight, bias in zip(state[::2], state[1::2])]
+    mean, std, low, high = (
+        torch.tensor(artifact[name]).double() for name in ("obs_mean", "obs_std", "action_low", "action_high")
+    )
+
+    def act(obs):
+        x = (torch.as_tensor(np.asarray(obs)).double() - mean) / std
+        for weight, bias in layers[:-1]:
+            x = torch.relu(x @ weight + bias)
+        x = torch.tanh(x @ layers[-1][0] + layers[-1][1])
+        return (low + (x + 1) / 2 * (high - low)).numpy()
+
+    return act
+
+
+def play(act, seeds, id="Pendulum-v1", steps=40):
+    """Mean return of an episode per seed, in a plain loop."""
+    returns = []
+    for seed in seeds:
+        env = gym.make(id, max_episode_steps=steps)
+        obs, total, done = env.reset(seed=seed)[0], 0.0, False
+        while not done:
+            obs, reward, terminated, truncated, _ = env.step(act(obs[None])[0].astype(np.float32))
+            total, done = total + reward, terminated or truncated
+        returns.append(total)
+    return np.mean(returns)
+
+
+def test_scores_against_episodes_played_by_hand(trained, tmp_path):
+    """In training and in eval.py, with observations that are standardised."""
+    flags = ("--steps", 20, "--eval-every", 20, "--eval-episodes", 3, "--eval-workers", 1, "--beta", 0.1, 0.5)
+    run_here("srpo_actor.py", *TINY, *flags, *paths(trained))
+    run_here("eval.py", "--env", "test/pendulum-v0", "--episodes", 2, "--workers", 1)
+    folder = tmp_path / "runs" / FOLDER
+    artifact = load(folder / "actor.pt")
+    episodes = [gym.spaces.flatten(e.observation_space, 0) for e in ()] or random_episodes(
+        gym.make("Pendulum-v1", max_episode_steps=40), 5, 40
+    )
+    rows = np.concatenate([e.observations[:-1] for e in episodes])  # the data, made anew
+    np.testing.assert_allclose(artifact["obs_mean"], rows.mean(axis=0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(artifact["obs_std"], rows.std(axis=0), rtol=1e-4)
+
+    last, table = lines(folder / "actor.jsonl")[-1], json.loads((folder / "eval.json").read_text())["policies"]
+    for r in range(4):
+        act = torch_policy(artifact, r)
+        assert last["eval/return"][r] == pytest.approx(play(act, range(3)), rel=1e-4)
+        assert table[r]["return"] == pytest.approx(play(act, range(1_000_000, 1_000_002)), rel=1e-4)
+        raw = torch_policy(artifact | {"obs_mean": [0.0] * 3, "obs_std": [1.0] * 3}, r)
+        assert table[r]["return"] != pytest.approx(play(raw, range(1_000_000, 1_000_002)), rel=1e-4)
+
+
+def test_a_policy_acts_the_same_on_data_in_other_units(data_root, tmp_path):
+    """Two sets of the same episodes, whose observations differ by a factor and an offset each."""
+    scale, offset = np.array([1000, 0.01, 7]), np.array([5e3, -1, 0])
+    episodes = random_episodes(gym.make("Pendulum-v1", max_episode_steps=40), 5, 40)
+    actions = spaces.Box(-2, 2, (1,))
+    for id, a, b in ("test/first-units-v0", 1, 0), ("test/other-units-v0", scale, offset):
+        some = [episode(e.observations * a + b, e.actions, e.rewards) for e in episodes]
+        space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
+        create(id, some, observation_space=space, action_space=actions)
+        for stage in STAGES:
+            flags = ("--beta", 0.5) if stage == "actor" else ()
+            run_here(f"srpo_{stage}.py", "--env", id, *TINY[2:], "--steps", 20, "--lr", 1e-3, *flags)
+    one, two = (
+        srpo_eval.load_policy(tmp_path / "runs" / name / "actor.pt")
+        for name in ("test-first-units-v0", "test-other-units-v0")
+    )
+    obs = np.concatenate([e.observations for e in episodes]).astype(np.float64)
+    assert one(obs).std() > 0.01  # the policy depends on them
+    np.testing.assert_allclose(two(obs * scale + offset), one(obs), atol=0.02 * one(obs).std())
+    np.testing.assert_allclose(two(obs[0] * scale + offset), one(obs)[0], atol=0.02 * one(obs).std())
+
+
+def test_load_policy_takes_raw_observations_one_or_a_batch(data_root, tmp_path):
+    """Of nested dictionaries with a discrete part too; against a forward pass on numbers put together by hand."""
+    space = spaces.Dict(
+        {
+            "b": spaces.Dict({"y": spaces.Box(-9, 9, (2, 2)), "x": spaces.Discrete(3)}),
+            "a": spaces.Box(-9, 9, (2,), np.float64),
+        }
+    )
+    rng, episodes = np.random.default_rng(0), []
+    for _ in range(3):
+        b = {"y": rng.normal(3, 2, (11, 2, 2)).astype(np.float32), "x": rng.integers(3, size=11)}
+        some = {"b": b, "a": rng.normal(-4, 1, (11, 2))}
+        episodes.append(episode(some, rng.uniform(0, 10, (10, 2)).astype(np.float32), rng.normal(size=10)))
+    create("test/nested-v0", episodes, observation_space=space, action_space=spaces.Box(0, 10, (2,)))
+    for stage in STAGES:
+        run_here(f"srpo_{stage}.py", "--env", "test/nested-v0", *TINY[2:], "--steps", 10)
+    path = tmp_path / "runs" / "test-nested-v0" / "actor.pt"
+
+    batch = {k: x[:7] if k == "a" else {n: y[:7] for n, y in x.items()} for k, x in some.items()}
+    rows = np.concatenate([batch["a"], np.eye(3)[batch["b"]["x"]], batch["b"]["y"].reshape(7, 4)], axis=1)
+    act, expected = srpo_eval.load_policy(path), torch_policy(load(path), 0)(rows)
+    assert expected.std(axis=0).min() > 0 and np.abs(load(path)["obs_mean"]).max() > 2
+    np.testing.assert_allclose(act(batch), expected, rtol=1e-4)
+    one = {"a": batch["a"][3], "b": {"x": batch["b"]["x"][3], "y": batch["b"]["y"][3]}}
+    np.testing.assert_allclose(act(one), expected[3], rtol=1e-4)
+    assert act(one).shape == (2,) and act(batch).shape == (7, 2) and act(one).dtype == np.float32
+
+
+def test_load_policy_in_three_lines_equals_the_trained_network(trained):
+    from eval import load_policy
+
+    act = load_policy(trained / "actor.pt")
+    action = act(np.array([1.0, 0.0, 0.5]))
+
+    artifact, obs = load(trained / "actor.pt"), np.random.default_rng(0).normal(size=(4, 6, 3))
+    np.testing.assert_allclose(action, torch_policy(artifact, 0)([[1.0, 0.0, 0.5]])[0], rtol=1e-4, atol=1e-6)
+    for r in range(4):
+        ours = load_policy(trained / "actor.pt", replica=r)(obs[r])
+        np.testing.assert_allclose(ours, torch_policy(artifact, r)(obs[r]), rtol=1e-4, atol=1e-6)
+    assert action.shape == (1,) and action.dtype == np.float32
 
 
 def ant_set(id):
@@ -334,97 +526,98 @@ def ant_set(id):
     create(id, random_episodes(env, 2, 10), env=env, eval_env=eval_env)
 
 
-@pytest.mark.parametrize("kind", ["locomotion by D4RL's file", "AntMaze by a task's name"])
-def test_every_kind_of_data_goes_through_all_stages(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["locomotion", "AntMaze"])
+def test_tasks_of_the_paper_go_through_all_stages(kind, data_root, tmp_path):
+    """By their names in D4RL, which end in -v2 there: the paper's numbers, observations as they are, D4RL's scores."""
     small = ("--batch-size", 4, "--log-every", 5, "--steps", 5)
-    if kind.startswith("AntMaze"):
+    if kind == "AntMaze":
         ant_set("D4RL/antmaze/medium-play-v1")
-        env, data, state_dim, size = "antmaze-medium-play", (), 31, 20
+        env, state_dim, size = "antmaze-medium-play-v2", 31, 20
         expected = {"score": 0.0, "success": 0.0, "episode_length": 10.0}
         numbers = {"expectile": 0.9}, {}, {"beta": (0.08,), "hidden_layers": 4, "q_grad_norm": "rms"}
     else:
-        env, data, state_dim, size = "hopper-medium-replay", ("--dataset", hopper_file(tmp_path / "x.hdf5")), 11, 24
-        expected, numbers = {}, ({"expectile": 0.7}, {}, {"beta": (0.2,), "hidden_layers": 2, "q_grad_norm": "none"})
+        hopper = gym.make("Hopper-v5", terminate_when_unhealthy=False, max_episode_steps=12)
+        create("mujoco/hopper/medium-v0", random_episodes(hopper, 2, 12), env=hopper)
+        env, state_dim, size = "hopper-medium-v2", 11, 24
+        expected = {"episode_length": 12.0}
+        numbers = {"expectile": 0.7}, {}, {"beta": (0.05,), "hidden_layers": 2, "q_grad_norm": "none"}
+    folder = tmp_path / "runs" / env
     for stage, found in zip(STAGES, numbers):
-        extra = ("--eval-every", 5, "--eval-episodes", 2, "--eval-env", "data") if stage == "actor" else ()
-        start = run if extra else run_here  # evaluation needs a process that its workers can import
-        start(f"srpo_{stage}.py", "--env", f"{env}-v2", *data, *small, *extra)  # -v2: as D4RL calls them
-        artifact = load(tmp_path / "runs" / env / f"{stage}.pt")
-        assert (artifact["state_dim"], artifact["fingerprint"][0]) == (state_dim, size)
+        extra = ("--eval-every", 5, "--eval-episodes", 2, "--eval-env", "data", "--eval-workers", 1)
+        run_here(f"srpo_{stage}.py", "--env", env, *small, *(extra if stage == "actor" else ()))
+        artifact = load(folder / f"{stage}.pt")
+        assert (artifact["state_dim"], artifact["fingerprint"][0], artifact["format"]) == (state_dim, size, 4)
         assert found.items() <= artifact["args"].items()
+        assert set(artifact["obs_mean"]) == {0} and set(artifact["obs_std"]) == {1}
     returns = {}
     for where, flag in (("fixed", ("--eval-env", "fixed")), ("data", ())):  # as the actor had it
-        done = run("eval.py", "--env", f"{env}-v2", "--episodes", 3, "--workers", 1, *flag)
-        assert done.stderr == ""
-        result = json.loads((tmp_path / "runs" / env / "eval.json").read_text())
+        run_here("eval.py", "--env", env, "--episodes", 3, "--workers", 1, *flag)
+        result = json.loads((folder / "eval.json").read_text())
         assert result["eval_env"] == where and expected.items() <= result["policies"][0].items()
         returns[where] = result["policies"][0]["return"]
-    if kind.startswith("AntMaze"):
+    if kind == "AntMaze":
         assert returns["fixed"] > returns["data"] == 0  # dense rewards, and sparse ones
+        assert len(json.loads((folder / "trajectories.json").read_text())["ways"]) == 3
     else:
         assert returns["fixed"] == returns["data"] != 0
+        assert result["policies"][0]["score"] == pytest.approx(100 * (returns["data"] + 20.272305) / 3254.572305)
+
+
+def test_normalize_obs_is_a_flag_and_all_stages_must_agree(trained, tmp_path):
+    run_here("srpo_critic.py", *TINY, "--steps", 1, "--no-normalize-obs")
+    artifact = load(tmp_path / "runs" / FOLDER / "critic.pt")
+    assert artifact["obs_mean"] == [0, 0, 0] and artifact["obs_std"] == [1, 1, 1]
+    with pytest.raises(SystemExit, match="obs_mean"):
+        run_here("srpo_actor.py", *TINY, "--steps", 1, *paths(trained), "--no-normalize-obs")
 
 
 def test_scores_do_not_depend_on_the_number_of_workers(trained):
     artifact = load(trained / "actor.pt")
-    weights, results = artifact.pop("weights"), []
-    policies = [srpo_eval.policy_weights(weights, r) for r in range(2)]
-    for workers in (1, 2):
-        with srpo_eval.start_workers(workers, signal.SIG_DFL) as pool:
-            environment = artifact["environments"]["fixed"]
-            evaluate = partial(srpo_eval.evaluate, pool, srpo_eval.make_act, policies, artifact, environment)
-            results.append(evaluate(range(25)))  # three chunks
-    assert all(np.array_equal(results[0][name], results[1][name]) for name in results[0])
-    assert results[0]["eval/return"].shape == (2, 25) and results[0]["eval/return"].std() > 0
+    policies = [[x[r].numpy() for x in artifact.pop("weights").values()] for r in range(1)]
+    policies.append([-x for x in policies[0]])
+    info, environment = artifact, artifact["environments"]["fixed"]
+    one, two = (
+        srpo_eval.evaluate(srpo_eval.make_act, policies, info, environment, range(25), n) for n in (1, 2)
+    )  # three chunks
+    assert one == two and one["eval/return"][0] != one["eval/return"][1]
+    alone = srpo_eval.rollout(srpo_eval.make_act, policies[1], info, environment, range(25))  # as one chunk
+    assert one["eval/return"][1] == pytest.approx(alone[:, 0].mean()) and len(set(alone[:, 0])) == 25
 
 
 def test_environments_are_made_without_a_word(capfd, tmp_path):
-    """MuJoCo's notices come from C, and leave a file; AntMaze's from Gymnasium. Later warnings are heard again."""
+    """Not even AntMaze's about its newer version, and MuJoCo leaves no file."""
     with warnings.catch_warnings(action="error"):
         for id in ("HalfCheetah-v5", "AntMaze_UMaze-v4"):
-            env = srpo_eval.make_env({"id": id, "kwargs": {}, "max_episode_steps": 5})
+            srpo_eval.make_env({"id": id, "kwargs": {}, "max_episode_steps": 5})
     assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
-    env.reset()
-    env.unwrapped.data.qpos[:] = 1e30
-    env.step(env.action_space.sample())
-    assert "WARNING" in capfd.readouterr().err
 
 
-def test_rollout_against_a_plain_loop(trained):
-    artifact, act = load(trained / "actor.pt"), srpo_eval.load_policy(trained / "actor.pt", replica=1)
-    result = srpo_eval.rollout(act, lambda: srpo_eval.make_env(artifact["environments"]["fixed"]), [3, 4])
-    for row, seed in zip(result, (3, 4)):
-        env = gym.make("Pendulum-v1", max_episode_steps=40)
-        obs, total, length, done = env.reset(seed=seed)[0], 0.0, 0, False
-        while not done:
-            obs, reward, terminated, truncated, _ = env.step(act(obs))
-            total, length, done = total + reward, length + 1, terminated or truncated
-        assert row.tolist() == [pytest.approx(total, rel=1e-4), 0, length]
+def test_eval_and_training_play_different_episodes(trained, monkeypatch, tmp_path):
+    played, old = [], gym.make
 
+    def make(*args, **kwargs):
+        env = old(*args, **kwargs)
+        reset = env.reset
+        env.reset = lambda seed: played[-1].add(seed) or reset(seed=seed)
+        return env
 
-def test_eval_and_training_play_different_episodes(trained, monkeypatch):
-    played = []
-    for script in ("eval.py", "srpo_actor.py"):
-        (seeds,) = re.findall(r"range\([^()]*episodes\)", (ROOT / script).read_text())
-        played.append(set(eval(seeds, {"args": Everything(100)})))
-    assert len(played[0]) == len(played[1]) == 100 and not played[0] & played[1]
-
-
-class Everything:
-    """Arguments that all have one value."""
-
-    def __init__(self, value):
-        self.value = value
-
-    def __getattr__(self, name):
-        return self.value
+    monkeypatch.setattr(gym, "make", make)
+    flags = ("--steps", 2, "--eval-every", 2, "--num-seeds", 1, "--eval-workers", 1, *paths(trained))
+    for script, extra in (
+        ("srpo_actor.py", (*TINY, *flags)),
+        ("eval.py", ("--env", "test/pendulum-v0", "--workers", 1)),
+    ):
+        played.append(set())
+        run_here(script, *extra)
+    assert (len(played[0]), len(played[1])) == (20, 100) and not played[0] & played[1]
 
 
 def test_dictionaries_that_are_no_mazes(data_root):
     """Vectors in a dictionary, in an environment that has no goal."""
     gym.register("Dictionary-v0", entry_point=Dictionary, max_episode_steps=5)
     environment = {"id": "Dictionary-v0", "kwargs": {}, "max_episode_steps": 5}
-    result = srpo_eval.rollout(lambda obs: obs[:, :1], lambda: srpo_eval.make_env(environment), [0, 1])
+    info = {"observation_space": serialize_space(Dictionary.observation_space), "maze": False}
+    result = srpo_eval.rollout(lambda weights, info: lambda obs: obs[:, :1], None, info, environment, [0, 1])
     assert result.tolist() == [[15.0, 0, 5]] * 2  # the sum of 1, ..., 5
 
 
@@ -442,59 +635,73 @@ class Dictionary(gym.Env):
 
 
 def test_maze_episodes_end_at_success_and_score_it():
-    """A policy of constant torque, in a corridor that leads to the goal or away from it."""
+    """A policy of constant force, in a corridor that leads to the goal or away from it."""
     maze = [[1, 1, 1, 1, 1], [1, "r", 0, "g", 1], [1, 1, 1, 1, 1]]
-    environment = {
-        "id": "PointMaze_UMaze-v3",
-        "kwargs": {"maze_map": maze, "continuing_task": True, "reset_target": False},
-        "max_episode_steps": 100,
-    }
+    kwargs = {"maze_map": maze, "continuing_task": True, "reset_target": False}
+    environment = {"id": "PointMaze_UMaze-v3", "kwargs": kwargs, "max_episode_steps": 100}
+    space = srpo_eval.make_env(environment).observation_space
     info = {"maze": True, "reference": (0.0, 1.0), "action_low": [-1.0, -1.0], "action_high": [1.0, 1.0]}
-    policies = [[(np.zeros((8, 2), np.float32), np.float32([x, 0]))] for x in (9, -9)]
-    with srpo_eval.start_workers(1, signal.SIG_DFL) as pool:
-        result = srpo_eval.evaluate(pool, srpo_eval.make_act, policies, info, environment, range(3))
-    assert result["eval/score"].tolist() == [[100] * 3, [0] * 3]
-    assert (result["eval/episode_length"][0] < 100).all() and (result["eval/episode_length"][1] == 100).all()
-    assert (result["eval/return"][0] == 1).all()  # the episode ended at the first reward
+    info |= {"obs_mean": [0.0] * 8, "obs_std": [1.0] * 8, "observation_space": serialize_space(space)}
+    policies = [[np.zeros((8, 2), np.float32), np.float32([[x, 0]])] for x in (9, -9)]
+    result = srpo_eval.evaluate(srpo_eval.make_act, policies, info, environment, range(3), 1)
+    assert result["eval/score"] == [100, 0] and result["eval/success"] == [1, 0]
+    assert result["eval/episode_length"][0] < 100 == result["eval/episode_length"][1]
+    assert result["eval/return"] == [1, 0]  # the episode ended at the first reward
 
 
-def test_load_policy_in_three_lines_equals_the_trained_network(trained):
-    from eval import load_policy
+# ---- variants
 
-    act = load_policy(trained / "actor.pt")
-    action = act(np.array([1.0, 0.0, 0.5]))
 
-    artifact = load(trained / "actor.pt")
-    generators = [torch.Generator() for _ in artifact["seeds"]]
-    policy = srpo_actor.mlp([3, 256, 256, 1], generators).append(torch.nn.Tanh())
-    policy.load_state_dict(artifact["weights"])
-    obs = torch.randn(4, 6, 3)
-    ours = policy(obs)
-    np.testing.assert_allclose(action, 2 * policy(torch.tensor([1, 0, 0.5]).expand(4, 1, 3))[0, 0].detach(), rtol=1e-5)
-    for r in range(4):
-        act = load_policy(trained / "actor.pt", replica=r)
-        np.testing.assert_allclose(
-            act(obs[r].numpy()), 2 * ours[r].detach(), rtol=1e-4, atol=1e-6
-        )  # the bounds are -2, 2
-    assert action.shape == (1,) and action.dtype == np.float32
+def test_actor_and_eval_follow_what_the_behavior_model_predicts(trained, tmp_path):
+    """Without a flag: a model of v = alpha eps - sigma a gives eps = sigma a_t + alpha v."""
+    run_here("srpo_behavior.py", *TINY, "--steps", 5, "--predict", "v", "--lr-decay")
+    behavior = tmp_path / "runs" / FOLDER / "behavior.pt"
+    assert load(behavior)["args"]["predict"] == "v"
+    flags = ("--steps", 2, "--eval-every", 0, "--critic", trained / "critic.pt", "--seed", 0)
+    names = run_here("srpo_actor.py", *TINY, *flags)
+    raw = srpo_behavior.BehaviorModel(3, 1, 1, "eps").eval()
+    raw.load_state_dict(weights(behavior))
+    a_t, s, t = torch.randn(1, 9, 1), torch.randn(1, 9, 3), torch.rand(1, 9, 1)
+    sigma2 = 1 - torch.exp(-(19.9 * t**2 / 2 + 0.1 * t))
+    eps = sigma2.sqrt() * a_t + (1 - sigma2).sqrt() * raw(a_t, s, t)
+    torch.testing.assert_close(names["behavior"](a_t, s, t), eps, rtol=1e-4, atol=1e-4)
+
+    run_here("eval.py", "--env", "test/pendulum-v0", "--policy", "behavior", "--episodes", 2, "--workers", 1)
+    (row,) = json.loads((tmp_path / "runs" / FOLDER / "eval.json").read_text())["policies"]
+    info = load(tmp_path / "runs" / FOLDER / "actor.pt")
+    mean, std = (np.float32(info[name]) for name in ("obs_mean", "obs_std"))
+
+    def act(predict, obs, noise):
+        def eps_psi(a_t, s, t):
+            alpha, sigma = srpo_eval.alpha_sigma(t)
+            return raw(a_t, s, t) if predict == "eps" else sigma * a_t + alpha * raw(a_t, s, t)
+
+        s = torch.from_numpy((obs - mean) / std)[None]
+        with torch.no_grad():
+            return 2 * srpo_eval.sample_actions(eps_psi, s, noise, 15).clamp(-1, 1)[0].numpy()
+
+    returns = {}
+    for predict in ("v", "eps"):
+        torch.manual_seed(1_000_000)
+        envs = [gym.make("Pendulum-v1", max_episode_steps=40) for _ in range(2)]
+        obs, total = [env.reset(seed=1_000_000 + i)[0] for i, env in enumerate(envs)], 0
+        for _ in range(40):
+            steps = [env.step(a) for env, a in zip(envs, act(predict, np.stack(obs), torch.randn(1, 2, 1)))]
+            obs, total = [step[0] for step in steps], total + np.mean([step[1] for step in steps])
+        returns[predict] = total
+    assert row["return"] == pytest.approx(returns["v"], rel=1e-3)
+    assert row["return"] != pytest.approx(returns["eps"], rel=1e-3)
 
 
 @pytest.mark.parametrize("weight", ["t=0.02", "one", "alpha_over_sigma"])
 def test_actor_variants_run(weight, trained, tmp_path):
-    paths = (
-        "--critic",
-        trained / "critic.pt",
-        "--behavior",
-        trained / "behavior.pt",
-        "--eval-every",
-        0,
-        "--num-seeds",
-        1,
-    )
     flags = ("--weight", weight, "--no-baseline", "--q-grad-norm", "l2", "--hidden-layers", 3)
-    run_here("srpo_actor.py", *TINY, "--steps", 3, *paths, *flags)
-    artifact = load(tmp_path / "runs" / "test-pendulum-v0" / "actor.pt")
+    run_here("srpo_actor.py", *TINY, "--steps", 3, *paths(trained), "--eval-every", 0, "--num-seeds", 1, *flags)
+    artifact = load(tmp_path / "runs" / FOLDER / "actor.pt")
     assert artifact["seeds"] == [0] and len(artifact["weights"]) == 8 and artifact["args"]["weight"] == weight
+
+
+# ---- W&B
 
 
 def wandb_records(path):
@@ -507,8 +714,7 @@ def wandb_records(path):
 def test_track_makes_one_wandb_run_per_replica(stage, trained, tmp_path):
     flags = [*TINY, "--steps", 20, "--num-seeds", 2]
     if stage == "actor":
-        flags += ["--critic", trained / "critic.pt", "--behavior", trained / "behavior.pt"]
-        flags += ["--eval-every", 10, "--eval-episodes", 2]
+        flags += [*paths(trained), "--eval-every", 10, "--eval-episodes", 2, "--eval-workers", 1]
     run(f"srpo_{stage}.py", *flags, "--track", "--run-name", "tracked", WANDB_MODE="offline")
     log = lines(tmp_path / "runs" / "tracked" / f"{stage}.jsonl")
     metrics = {name for name in log[0] if "/" in name}

@@ -14,19 +14,15 @@ import srpo_critic
 S, A, B = 4, 2, 8
 
 
-def generators(seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+def policy(R, hidden_layers=2):
+    return srpo_actor.mlp([S] + [256] * hidden_layers + [A], R).append(nn.Tanh())
 
 
-def policy(seeds, hidden_layers=2):
-    return srpo_actor.mlp([S] + [256] * hidden_layers + [A], generators(seeds)).append(nn.Tanh())
+def behavior_model(R, module=srpo_behavior):
+    return module.BehaviorModel(S, A, R, "eps")
 
 
-BUILD = {
-    "critic": lambda seeds: srpo_critic.Critic(S, A, generators(seeds)),
-    "behavior": lambda seeds: srpo_behavior.BehaviorModel(S, A, generators(seeds)),
-    "actor": policy,
-}
+BUILD = {"critic": lambda R: srpo_critic.Critic(S, A, R), "behavior": behavior_model, "actor": policy}
 
 
 def replica(state, r, of):
@@ -34,21 +30,28 @@ def replica(state, r, of):
     return {name: x.unflatten(0, (of, -1))[r] for name, x in state.items()}
 
 
+def test_replicas_are_drawn_apart_and_as_nn_linear_draws():
+    """Uniform within 1 / sqrt(n_in): mean, variance and extremes of many draws, which nn.Linear's share."""
+    torch.manual_seed(0)
+    layer, bound = srpo_actor.Linear(16, 4096, 3), 16**-0.5
+    plain = nn.Linear(16, 4096)
+    for ours, theirs in ((layer.weight, plain.weight), (layer.bias, plain.bias)):
+        for x in (*ours, theirs):
+            assert 0.99 * bound < x.abs().max() <= bound and abs(x.mean()) < 0.03 * bound
+            assert x.var().item() == pytest.approx(bound**2 / 3, rel=0.05)
+        assert not torch.equal(ours[0], ours[1]) and not torch.equal(ours[1], ours[2])
+
+
 @pytest.mark.parametrize("stage", BUILD)
-def test_seed_k_starts_alike_alone_and_among_six(stage):
-    together = BUILD[stage](range(6)).state_dict()
-    for k in range(6):
-        alone = BUILD[stage]([k]).state_dict()
-        assert all(torch.equal(x, replica(together, k, 6)[name]) for name, x in alone.items())
-    first = next(iter(together))
-    assert not torch.equal(replica(together, 0, 6)[first], replica(together, 1, 6)[first])
-
-
-def test_linear_draws_as_nn_linear_draws():
-    torch.manual_seed(3)
-    plain = nn.Sequential(nn.Linear(S, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, A))
-    for ours, theirs in zip(policy([3]).parameters(), plain.parameters()):
-        torch.testing.assert_close(ours[0].T if ours.shape[1] > 1 else ours[0, 0], theirs, rtol=1e-6, atol=1e-7)
+def test_the_same_seed_draws_the_same_networks(stage):
+    states = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        states.append(BUILD[stage](2).state_dict())
+    first = next(iter(states[0]))
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
+    assert not torch.equal(states[0][first], states[2][first])
+    assert not torch.equal(replica(states[0], 0, 2)[first], replica(states[0], 1, 2)[first])
 
 
 def to_plain(weight, bias):
@@ -70,7 +73,7 @@ def part(state, prefix):
 
 
 def test_critic_equals_plain_networks():
-    critic, s, a = BUILD["critic"](range(3)), torch.randn(3, B, S), torch.randn(3, B, A)
+    critic, s, a = BUILD["critic"](3), torch.randn(3, B, S), torch.randn(3, B, A)
     q, v, state = critic.q(s, a), critic.v(s), critic.state_dict()
     for r in range(3):
         torch.testing.assert_close(v[r], plain_mlp(replica(part(state, "v."), r, 3))(s[r]))
@@ -81,14 +84,14 @@ def test_critic_equals_plain_networks():
 
 
 def test_policy_equals_a_plain_network():
-    net, s = policy(range(3), hidden_layers=4), torch.randn(3, B, S)
+    net, s = policy(3, hidden_layers=4), torch.randn(3, B, S)
     for r in range(3):
         torch.testing.assert_close(net(s)[r], torch.tanh(plain_mlp(replica(net.state_dict(), r, 3))(s[r])))
 
 
 @pytest.mark.parametrize("module", [srpo_behavior, srpo_actor])
 def test_behavior_model_equals_a_plain_network(module):
-    model = module.BehaviorModel(S, A, generators(range(3))).eval()
+    model = behavior_model(3, module).eval()
     for parameter in model.parameters():  # also LayerNorm's scales and shifts, which start as ones and zeros
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     model = model.double()  # the frequencies amplify float32's rounding of t
@@ -114,7 +117,7 @@ def test_behavior_model_equals_a_plain_network(module):
 
 
 def test_dropout_is_on_while_the_behavior_model_trains():
-    model = srpo_behavior.BehaviorModel(S, A, generators([0]))
+    model = behavior_model(1)
     x = torch.randn(1, B, A), torch.randn(1, B, S), torch.rand(1, B, 1)
     assert not torch.equal(model(*x), model(*x))
     assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.1] * 3
@@ -125,23 +128,34 @@ def test_dropout_is_on_while_the_behavior_model_trains():
 
 def critic_update(net, R, draw):
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-3)
-    args = SimpleNamespace(gamma=0.99, expectile=0.7, tau=0.005)
-    return srpo_critic.make_update(args, net, optimizer, draw, torch.zeros(5, R))
+    args = SimpleNamespace(gamma=0.99, expectile=0.7, tau=0.005, lr_decay=False)
+    return srpo_critic.make_update(args, net, optimizer, draw, torch.zeros(5, R), 0)
 
 
 def behavior_update(net, R, draw):
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.01)
-    return srpo_behavior.make_update(None, net.eval(), optimizer, draw, torch.zeros(1, R))
+    return srpo_behavior.make_update(SimpleNamespace(lr_decay=False), net.eval(), optimizer, draw, torch.zeros(1, R), 0)
 
 
-def actor_update(net, R, draw, seeds=None, betas=None):
-    seeds, betas = seeds or [0] * R, betas or [0.05]
-    q = srpo_actor.TwinQ(S, A, generators(seeds)).requires_grad_(False)
-    behavior = srpo_actor.BehaviorModel(S, A, generators(seeds)).requires_grad_(False).eval()
+def actor_update(net, R, draw, betas=(0.05,), frozen=None):
+    """frozen: the state dictionaries of target Qs and behaviour model, for R / len(betas) seeds."""
+    nets = srpo_actor.TwinQ(S, A, R // len(betas)), behavior_model(R // len(betas), srpo_actor).eval()
+    for network, state in zip(nets, frozen or [n.state_dict() for n in nets]):
+        network.requires_grad_(False).load_state_dict(state)
     optimizer = torch.optim.Adam(net.parameters(), lr=torch.tensor(1e-3))
     args = SimpleNamespace(weight="sigma2", baseline=True, q_grad_norm="rms", lr=1e-3, steps=10, beta=betas)
-    beta = torch.tensor([b for _ in seeds for b in betas]).view(-1, 1, 1)
-    return srpo_actor.make_update(args, net, q, behavior, optimizer, beta, draw, torch.zeros(3, R), torch.zeros(()))
+    beta = torch.tensor(betas).repeat(R // len(betas)).view(-1, 1, 1)
+    return srpo_actor.make_update(args, net, *nets, optimizer, beta, draw, torch.zeros(3, R), 0)
+
+
+def frozen_networks(seeds):
+    torch.manual_seed(5)
+    return srpo_actor.TwinQ(S, A, seeds).state_dict(), behavior_model(seeds, srpo_actor).state_dict()
+
+
+def pick(state, r, of):
+    """replica(), with the leading axis kept."""
+    return {name: x.unflatten(0, (of, -1))[r] for name, x in state.items()}
 
 
 UPDATE = {"critic": critic_update, "behavior": behavior_update, "actor": actor_update}
@@ -156,10 +170,13 @@ def batch(stage, R):
 
 @pytest.mark.parametrize("stage", BUILD)
 def test_two_replicas_alike_take_the_same_step(stage):
-    net = BUILD[stage]([7, 7])
-    data = tuple(x.repeat(2, *[1] * (x.ndim - 1)) for x in batch(stage, 1))
+    net = BUILD[stage](2)
+    alike = {name: x.unflatten(0, (2, -1))[[0, 0]].flatten(0, 1) for name, x in net.state_dict().items()}
+    net.load_state_dict(alike)
     before = {name: x.clone() for name, x in net.state_dict().items()}
-    update = UPDATE[stage](net, 2, lambda: data)
+    data = tuple(x.repeat(2, *[1] * (x.ndim - 1)) for x in batch(stage, 1))
+    frozen = [{n: x.repeat(2, *[1] * (x.ndim - 1)) for n, x in state.items()} for state in frozen_networks(1)]
+    update = UPDATE[stage](net, 2, lambda: data, **({"frozen": frozen} if stage == "actor" else {}))
     for _ in range(3):
         update()
     state = net.state_dict()
@@ -171,27 +188,29 @@ def test_two_replicas_alike_take_the_same_step(stage):
 @pytest.mark.parametrize("stage", BUILD)
 def test_a_replica_steps_as_it_would_alone(stage):
     """What one replica sees does not touch the others: replica 1 of three against a run of its own."""
-    together, alone, data = BUILD[stage]([0, 1, 2]), BUILD[stage]([1]), batch(stage, 3)
-    kwargs = [{"seeds": [0, 1, 2]}, {"seeds": [1]}] if stage == "actor" else [{}, {}]
-    UPDATE[stage](together, 3, lambda: data, **kwargs[0])()
-    UPDATE[stage](alone, 1, lambda: [x[1:2] for x in data], **kwargs[1])()
+    together, alone, data = BUILD[stage](3), BUILD[stage](1), batch(stage, 3)
+    alone.load_state_dict(pick(together.state_dict(), 1, 3))
+    three, one = {}, {}
+    if stage == "actor":
+        three = {"frozen": frozen_networks(3)}
+        one = {"frozen": [pick(state, 1, 3) for state in three["frozen"]]}
+    UPDATE[stage](together, 3, lambda: data, **three)()
+    UPDATE[stage](alone, 1, lambda: [x[1:2] for x in data], **one)()
     for name, x in alone.state_dict().items():
-        torch.testing.assert_close(
-            replica(together.state_dict(), 1, 3)[name], x.unflatten(0, (1, -1))[0], rtol=1e-4, atol=1e-6
-        )
+        torch.testing.assert_close(pick(together.state_dict(), 1, 3)[name], x, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("stage", BUILD)
 def test_one_replica_s_loss_has_no_gradient_on_another_s_parameters(stage):
-    net, data = BUILD[stage]([0, 1]), batch(stage, 2)
+    net, data = BUILD[stage](2), batch(stage, 2)
     if stage == "critic":
         v_loss, q_loss, _, _ = srpo_critic.critic_loss(net, *data, 0.99, 0.7)
         loss = v_loss + q_loss
     elif stage == "behavior":
-        loss = srpo_behavior.behavior_loss(net, *data)
+        loss = srpo_behavior.behavior_loss(net, *data)[1]
     else:
-        q, w = (lambda s, a: a.sum(dim=-1)), srpo_actor.WEIGHTS["one"]
-        loss = srpo_actor.actor_loss(net, q, lambda a, s, t: a, *data, 0.1, w, True, "none")[0]
+        q = lambda s, a: a.sum(dim=-1)  # noqa: E731
+        loss = srpo_actor.actor_loss(net, q, lambda a, s, t: a, *data, 0.1, "one", True, "none")[0]
     loss[0].backward()
     grads = {name: p.grad.unflatten(0, (2, -1)) for name, p in net.named_parameters() if p.requires_grad}
     assert all((grad[1] == 0).all() for grad in grads.values())
@@ -200,36 +219,25 @@ def test_one_replica_s_loss_has_no_gradient_on_another_s_parameters(stage):
 
 def test_the_grid_of_seeds_and_betas_equals_separate_runs():
     """Replica s K + k is the policy of seed s and beta k, on seed s's frozen networks."""
-    seeds, betas = [0, 1, 2], [0.01, 0.5]
-    grid, data = policy([seed for seed in seeds for _ in betas]), batch("actor", 6)
-    actor_update(grid, 6, lambda: data, seeds, betas)()
-    for i, seed in enumerate(seeds):
+    betas, frozen = (0.01, 0.5), frozen_networks(3)
+    grid, data = policy(6), batch("actor", 6)
+    start = {name: x.clone() for name, x in grid.state_dict().items()}
+    actor_update(grid, 6, lambda: data, betas, frozen)()
+    for s in range(3):
         for k, beta in enumerate(betas):
-            r, alone = i * 2 + k, policy([seed])
-            actor_update(alone, 1, lambda r=r: [x[r : r + 1] for x in data], [seed], [beta])()
+            r, alone = s * 2 + k, policy(1)
+            alone.load_state_dict({name: x[r : r + 1] for name, x in start.items()})
+            own = [pick(state, s, 3) for state in frozen]
+            actor_update(alone, 1, lambda r=r: [x[r : r + 1] for x in data], (beta,), own)()
             for name, x in alone.state_dict().items():
                 torch.testing.assert_close(grid.state_dict()[name][r], x[0], rtol=1e-4, atol=1e-6)
 
 
 def test_select_picks_seeds_in_the_order_asked():
-    for build, prefix in ((BUILD["critic"], "q_target."), (BUILD["behavior"], "")):
-        part_of = srpo_actor.select(build([3, 5, 8]).state_dict(), [3, 5, 8], [8, 3], prefix)
-        want = part(build([8, 3]).state_dict(), prefix)
-        assert part_of.keys() == want.keys()
-        assert all(torch.equal(part_of[name], x) for name, x in want.items())
-
-
-def test_minibatches_are_rows_of_the_data_and_differ_between_replicas():
-    rows = torch.arange(1000.0)
-    torch.manual_seed(0)
-    x, y = srpo_critic.sample({"x": rows, "y": torch.stack([rows, -rows], dim=1)}, 3, 256)
-    assert x.shape == (3, 256) and torch.equal(y, torch.stack([x, -x], dim=-1))
-    assert not torch.equal(x[0], x[1]) and x.min() < 20 and x.max() > 980
-
-
-def test_times_are_uniform_in_their_range():
-    torch.manual_seed(0)
-    t, eps = srpo_behavior.sample_noise((2, 50_000, 3), 0.02, 0.98, "cpu")
-    assert t.shape == (2, 50_000, 1) and eps.shape == (2, 50_000, 3)
-    assert 0.02 <= t.min() < 0.021 and 0.979 < t.max() <= 0.98
-    assert abs(t.mean() - 0.5) < 0.005 and abs(eps.mean()) < 0.01 and abs(eps.std() - 1) < 0.01
+    for net, prefix in ((BUILD["critic"](3), "q_target."), (BUILD["behavior"](3), "")):
+        state = net.state_dict()
+        chosen = srpo_actor.select({"seeds": [3, 5, 8], "weights": state}, [8, 3], prefix)
+        assert set(chosen) == {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+        for name, x in chosen.items():
+            both = [pick(state, r, 3)[prefix + name] for r in (2, 0)]
+            assert torch.equal(x, torch.cat(both))
