@@ -11,9 +11,10 @@ export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 # glibc keeps freed 
 if (($# == 0)); then
     python examples/collect_pointmaze.py
     set -- local/pointmaze-demo-v0
-    CRITIC="--steps 40000 --batch-size 128 --lr 1e-3 --tau 0.02 ${CRITIC:-}" # few steps: let V's horizon grow fast
-    BEHAVIOR="--steps 6000 --batch-size 128 ${BEHAVIOR:-}"
-    ACTOR="--steps 8000 --batch-size 128 --beta 0.1 --eval-every 2000 ${ACTOR:-}"
+    # few steps: a large tau lets V's horizon grow fast
+    CRITIC="--steps 40000 --batch-size 128 --lr 1e-3 --lr-decay --tau 0.02 ${CRITIC:-}"
+    BEHAVIOR="--steps 4000 --batch-size 128 --lr 1e-3 --lr-decay --predict v ${BEHAVIOR:-}"
+    ACTOR="--steps 5000 --batch-size 128 --lr 1e-3 --beta 0.1 --eval-every 5000 ${ACTOR:-}"
 elif [[ $1 == --small ]]; then
     shift
     set -- "${@:1:1}" --num-seeds 3 "${@:2}"

@@ -489,7 +489,7 @@ if __name__ == "__main__":
         artifacts[stage] = load(path)
         for name, here in ({"stage": stage, "format": 4} | info).items():
             if (there := artifacts[stage].get(name)) != here:
-                sys.exit(f"error: {path} has {name} = {there!r:.99}, not {here!r:.99}: run srpo_{stage}.py again")
+                sys.exit(f"error: {path} has {name} = {there!s:.99}, not {here!s:.99}: run srpo_{stage}.py again")
         sources[stage] = zlib.crc32(b"".join(x.numpy().tobytes() for x in artifacts[stage]["weights"].values()))
     seeds = both = [seed for seed in artifacts["critic"]["seeds"] if seed in artifacts["behavior"]["seeds"]]
     if args.seed is not None or args.num_seeds is not None:

@@ -42,6 +42,11 @@ def create(id, episodes, **kwargs):
         return minari.create_dataset_from_buffers(id, episodes, **kwargs)
 
 
+def stacked(obs):
+    """A list of observations as arrays, in the same dictionaries."""
+    return {key: stacked([o[key] for o in obs]) for key in obs[0]} if isinstance(obs[0], dict) else np.stack(obs)
+
+
 def random_episodes(env, n, steps, seed=0):
     rng, episodes = np.random.default_rng(seed), []
     low, high = env.action_space.low, env.action_space.high
@@ -53,8 +58,7 @@ def random_episodes(env, n, steps, seed=0):
             o, reward, *_ = env.step(action)
             obs.append(o)
             rewards.append(reward)
-        joined = {k: np.stack([o[k] for o in obs]) for k in obs[0]} if isinstance(obs[0], dict) else np.stack(obs)
-        episodes.append(episode(joined, actions, rewards))
+        episodes.append(episode(stacked(obs), actions, rewards))
     return episodes
 
 

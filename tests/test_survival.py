@@ -3,15 +3,11 @@
 import json
 import os
 import random
-import resource
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import gymnasium as gym
@@ -19,12 +15,10 @@ import minari
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, command, create, prepared, random_episodes, run, run_here
+from conftest import TINY, command, create, prepared, random_episodes, run, run_here
 from test_pipeline import STAGES, assert_same_run, lines, load, same, slowed, stage_flags
 
 import eval as srpo_eval
-import srpo_actor
-import srpo_critic
 
 FOLDER = "test-pendulum-v0"
 
@@ -49,9 +43,9 @@ def test_killed_while_it_writes_a_checkpoint(stage, trained, tmp_path):
     done = subprocess.run(prepared(IN_A_SAVE, script, *flags, "--out-dir", "killed"), stderr=subprocess.DEVNULL)
     assert done.returncode == -signal.SIGKILL
     folder = tmp_path / "killed" / FOLDER
-    assert load(folder / f"{stage}.ckpt")["step"] == 14  # the second of them is whole
+    assert load(folder / f"{stage}.ckpt")["step"] == 20  # the second of them is whole
     with open(folder / f"{stage}.jsonl", "a") as file:
-        file.write('{"step": 15, "los')  # as a kill may leave it
+        file.write('{"step": 40, "los')  # as a kill may leave it
     run_here(script, *flags, "--out-dir", "killed", "--resume")
     assert_same_run(tmp_path / "whole" / FOLDER, folder, stage)
     assert not list(folder.glob("*.ckpt"))
@@ -62,7 +56,7 @@ def test_killed_while_it_writes_a_checkpoint(stage, trained, tmp_path):
 def test_killed_twenty_times(stage, trained, tmp_path):
     """At any moment between two steps or in a write."""
     script, flags, rng = f"srpo_{stage}.py", [str(flag) for flag in stage_flags(stage, trained)], random.Random(0)
-    for name, value in {"--steps": "300", "--checkpoint-every": "1"}.items():
+    for name, value in {"--steps": "300", "--checkpoint-every": "1", "--log-every": "1"}.items():
         flags[flags.index(name) + 1] = value
     run_here(script, *flags, "--out-dir", "whole")
     folder = tmp_path / "killed" / FOLDER
@@ -79,29 +73,6 @@ def test_killed_twenty_times(stage, trained, tmp_path):
         process.wait()
     run_here(script, *flags, "--out-dir", "killed", "--resume")
     assert_same_run(tmp_path / "whole" / FOLDER, folder, stage, steps=300)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_writes_a_last_checkpoint(number, trained, tmp_path):
-    flags = (*TINY, "--steps", 60, "--num-seeds", 2)
-    run_here("srpo_critic.py", *flags, "--out-dir", "whole")
-    process = subprocess.Popen(
-        slowed("srpo_critic.py", *flags, "--out-dir", "stopped"),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    folder = tmp_path / "stopped" / FOLDER
-    while not ((folder / "critic.jsonl").exists() and lines(folder / "critic.jsonl")):
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, err = process.communicate()
-    step = load(folder / "critic.ckpt")["step"]
-    assert process.returncode == 1 and "Traceback" not in err
-    assert err.endswith(f"stopped by {number.name} at step {step}: the same command with --resume goes on\n")
-    assert 10 <= step < 60
-    run_here("srpo_critic.py", *flags, "--out-dir", "stopped", "--resume")
-    assert_same_run(tmp_path / "whole" / FOLDER, folder, "critic")
 
 
 def test_actor_refuses_other_steps_on_resume(trained, tmp_path):
@@ -125,9 +96,9 @@ def test_every_flipped_bit_of_a_file_is_noticed_or_harmless(trained, tmp_path):
         flipped[place] ^= 1 << rng.randrange(8)
         (tmp_path / "actor.pt").write_bytes(flipped)
         try:
-            after = srpo_eval.load_artifact(tmp_path / "actor.pt", "actor", "train")
+            after = srpo_eval.load_artifact(tmp_path / "actor.pt", "actor")
         except SystemExit as e:
-            assert "cannot be read" in e.code and "\n" not in e.code
+            assert "damaged or foreign" in e.code and "\n" not in e.code
             noticed += 1
         else:  # between the entries of the zip
             assert same(before["weights"], after["weights"])
@@ -173,55 +144,38 @@ def test_bad_input_damaged_checkpoints_and_artifacts(trained, tmp_path):
             (folder / path).write_bytes(content)
             with pytest.raises(SystemExit) as e:
                 run_here(*attempt)
-            assert "cannot be read" in str(e.value.code) and "\n" not in e.value.code
+            assert "damaged or foreign" in str(e.value.code) and "\n" not in e.value.code
             assert (folder / path).read_bytes() == content and not Path("code-has-run").exists()
         (folder / path).unlink()
-
-
-def limited(size, script, *flags):
-    """Run with no file allowed to grow beyond size, as on a full disk."""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    done = subprocess.run(command(script, *flags), capture_output=True, text=True, preexec_fn=limit)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-
-
-def test_bad_input_a_full_disk_keeps_the_previous_file(trained, tmp_path):
-    folder = tmp_path / "runs" / FOLDER
-    flags = [str(flag) for flag in stage_flags("critic", trained)]
-    subprocess.run(prepared(IN_A_SAVE, "srpo_critic.py", *flags), stderr=subprocess.DEVNULL)
-    before = (folder / "critic.ckpt").read_bytes()
-    (line,) = limited(200_000, "srpo_critic.py", *flags, "--resume")
-    assert "cannot write runs/test-pendulum-v0/critic.ckpt" in line and "--resume" in line
-    assert (folder / "critic.ckpt").read_bytes() == before and not list(folder.glob("*.ckpt.tmp"))
-    (line,) = limited(300, "srpo_critic.py", *flags, "--checkpoint-every", 1000, "--run-name", "log")
-    assert "critic.jsonl" in line
-    run_here("srpo_critic.py", *flags, "--resume")
 
 
 # ---- divergence
 
 
-def test_divergence_names_stage_step_and_replica():
-    replicas = [{"seed": 3, "beta": 0.1}, {"seed": 3, "beta": 0.5}, {"seed": 4, "beta": 0.1}]
-    policy = srpo_actor.mlp([2, 8, 1], [torch.Generator() for _ in replicas])
-    good = {"losses/actor_loss": [1.0, 2.0, 3.0]}
-    srpo_actor.check_finite(7000, good, policy, replicas)
+def poisoned(stage, trained, tmp_path, replica):
+    """A checkpoint of step 10 in which one weight of one replica is not a number."""
+    flags = [str(flag) for flag in stage_flags(stage, trained)]
+    subprocess.run(prepared(IN_A_SAVE, f"srpo_{stage}.py", *flags), stderr=subprocess.DEVNULL)
+    path = tmp_path / "runs" / FOLDER / f"{stage}.ckpt"
+    state = load(path)
+    for x in state["weights"].values():
+        of = x.unflatten(0, (4 if stage == "actor" else 2, -1))  # seeds x betas, or two seeds
+        of[replica].flatten()[-1] = float("nan")
+        break
+    torch.save(state, path)
+    return flags
+
+
+@pytest.mark.parametrize(
+    "stage, replica, name", [("critic", 1, "{'seed': 1}"), ("actor", 2, "{'seed': 1, 'beta': 0.1}")]
+)
+def test_divergence_names_the_replica(stage, replica, name, trained, tmp_path):
+    """Both heads of a critic's seed count as one replica, and the others have not diverged."""
+    flags = poisoned(stage, trained, tmp_path, replica)
     with pytest.raises(SystemExit) as e:
-        srpo_actor.check_finite(7000, {"losses/actor_loss": [1.0, 2.0, float("nan")]}, policy, replicas)
-    assert "actor diverged by step 7,000 in [{'seed': 4, 'beta': 0.1}]" in e.value.code and "rms" in e.value.code
-    with torch.no_grad():
-        policy[2].bias[1] = float("inf")
-    with pytest.raises(SystemExit, match="'beta': 0.5}]"):
-        srpo_actor.check_finite(7000, good, policy, replicas)
-    critic = srpo_critic.Critic(2, 1, [torch.Generator() for _ in range(3)])  # both heads of a seed count as one
-    with torch.no_grad():
-        critic.q.net[0].bias[3] = float("nan")
-    with pytest.raises(SystemExit, match=r"\[{'seed': 1}\].*expectile"):
-        srpo_critic.check_finite(1, {}, critic, [{"seed": seed} for seed in range(3)])
+        run_here(f"srpo_{stage}.py", *flags, "--resume")
+    assert f"error: {stage} diverged by step 25 in [{name}]: start again with a lower --lr" in e.value.code
+    assert not (tmp_path / "runs" / FOLDER / f"{stage}.pt").exists()
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -234,107 +188,71 @@ def test_a_diverged_run_stops_within_a_log_interval(stage, trained, tmp_path):
     folder = tmp_path / "runs" / FOLDER
     assert not (folder / f"{stage}.pt").exists()
     for path in folder.glob("*.ckpt"):
-        assert all(x.isfinite().all() for x in load(path)["model"].values())
-    assert all(np.isfinite(x).all() for line in lines(folder / f"{stage}.jsonl") for x in line.values())
-
-
-@pytest.mark.parametrize("whole_group", [False, True], ids=["as W&B's agent", "as Slurm"])
-def test_run_sh_hands_sigterm_to_its_stage(whole_group, tmp_path):
-    (tmp_path / "bin").mkdir()
-    slow = slowed("srpo_critic.py", *TINY, "--steps", 60, "--out-dir", tmp_path / "runs")
-    (tmp_path / "bin" / "python").write_text(f"#!/bin/sh\nexec {shlex.join(slow)}\n")
-    (tmp_path / "bin" / "python").chmod(0o755)
-    process = subprocess.Popen(
-        ["bash", ROOT / "run.sh", "test/pendulum-v0"],
-        env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    folder = tmp_path / "runs" / FOLDER
-    while not ((folder / "critic.jsonl").exists() and lines(folder / "critic.jsonl")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 143 and "the same command with --resume goes on" in err
-    assert 10 <= load(folder / "critic.ckpt")["step"] < 60
+        assert all(x.isfinite().all() for x in load(path)["weights"].values())
+    for path in folder.glob("*.jsonl"):
+        assert all(np.isfinite(x).all() for line in lines(path) for x in line.values())
 
 
 # ---- processes that die
 
 
-def die(weights, info):
-    os._exit(1)
+def processes_of(mark):
+    """Ids of the processes whose environment has this mark."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes() and b"loky" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:  # it has ended
+            continue
+    return found
 
 
-def test_bad_input_a_worker_that_dies_ends_the_run():
-    info = {"environment": {"id": "Pendulum-v1", "kwargs": {}, "max_episode_steps": 5}, "maze": False}
-    with srpo_eval.start_workers(2, signal.SIG_DFL) as pool, pytest.raises(SystemExit) as e:
-        srpo_eval.evaluate(pool, die, [None], info, info["environment"], range(3))
-    assert "has died" in e.value.code and "--resume" in e.value.code and "\n" not in e.value.code
+def evaluating(trained, *flags, mark):
+    """A training whose workers have begun to play episodes: process and ids of workers."""
+    command_line = command("srpo_actor.py", *flags)
+    process = subprocess.Popen(
+        command_line, env=os.environ | {"MARK": mark}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not (workers := processes_of(f"MARK={mark}")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process, workers
 
 
-def test_bad_input_a_worker_that_died_before_ends_the_run():
-    info = {"environment": {"id": "Pendulum-v1", "kwargs": {}, "max_episode_steps": 5}, "maze": False}
-    with srpo_eval.start_workers(1, signal.SIG_DFL) as pool:
-        with pytest.raises(BrokenProcessPool):
-            pool.submit(os._exit, 1).result()
-        with pytest.raises(SystemExit, match="has died"):
-            srpo_eval.evaluate(pool, die, [None], info, info["environment"], range(3))
+linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="/proc names the workers")
 
 
-def worker_of(process):
-    """The process id of its first worker, once it has one."""
-    while process.poll() is None:
-        listing = ["ps", "-A", "-ww", "-o", "ppid=", "-o", "pid=", "-o", "args="]
-        processes = subprocess.run(listing, capture_output=True, text=True).stdout.splitlines()
-        for parent, pid, args in (line.split(maxsplit=2) for line in processes):
-            if int(parent) == process.pid and "spawn_main" in args:
-                return int(pid)
-        time.sleep(0.02)
-    raise AssertionError("it ended without a worker")
-
-
-@pytest.mark.skipif(not shutil.which("ps"), reason="ps names the worker")
+@linux
 def test_a_worker_killed_in_training_ends_it_and_resume_goes_on(trained, tmp_path):
     flags = [str(flag) for flag in stage_flags("actor", trained)]
     flags[flags.index("--eval-every") + 1] = "30"
-    flags += ["--eval-episodes", "30", "--eval-workers", "1"]
+    flags += ["--eval-episodes", "40", "--eval-workers", "2"]
     run_here("srpo_actor.py", *flags, "--out-dir", "whole")
-    process = subprocess.Popen(
-        command("srpo_actor.py", *flags, "--out-dir", "killed"), stderr=subprocess.PIPE, text=True
-    )
-    os.kill(worker_of(process), signal.SIGKILL)
+    process, workers = evaluating(trained, *flags, "--out-dir", "killed", mark=str(tmp_path))
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in err
-    assert "a process that evaluates has died" in err.splitlines()[-1]
+    assert process.returncode == 1 and "TerminatedWorkerError" in err
     folder = tmp_path / "killed" / FOLDER
-    assert load(folder / "actor.ckpt")["step"] == 28
+    assert load(folder / "actor.ckpt")["step"] == 20
     run_here("srpo_actor.py", *flags, "--out-dir", "killed", "--resume")
     assert_same_run(tmp_path / "whole" / FOLDER, folder, "actor")
 
 
-def test_workers_of_a_killed_process_end():
-    code = "import os, signal, time, eval; pool = eval.start_workers(1, signal.SIG_DFL)"
-    code += "; print(pool.submit(os.getpid).result(), flush=True); pool.submit(time.sleep, 1000).result()"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
-    assert int(process.stdout.readline()) != process.pid
+@linux
+@pytest.mark.slow
+def test_workers_of_a_killed_process_end_within_two_minutes(trained, tmp_path):
+    flags = [str(flag) for flag in stage_flags("actor", trained)]
+    flags[flags.index("--eval-every") + 1] = "30"
+    flags += ["--eval-episodes", "40", "--eval-workers", "2"]
+    process, _ = evaluating(trained, *flags, mark=str(tmp_path))
     process.kill()
-    process.communicate(timeout=30)  # returns when nobody can write any more: the worker has inherited the pipe
-
-
-def test_ctrl_c_ends_an_evaluation(trained):
-    """It reaches the whole process group, as from a terminal."""
-    flags = ("--env", "test/pendulum-v0", "--out-dir", trained.parent, "--episodes", 3000, "--workers", 2)
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    options["env"] = os.environ | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command("eval.py", *flags, "--policy", "idql"), **options)
-    assert "episodes per policy" in process.stdout.readline()
-    time.sleep(5)
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 1 and [line for line in err.splitlines() if line.startswith("error: ")], err
+    process.communicate()
+    deadline = time.time() + 120
+    while processes_of(f"MARK={tmp_path}"):
+        assert time.time() < deadline
+        time.sleep(1)
 
 
 # ---- no way in
@@ -396,7 +314,7 @@ def test_bad_input_a_data_set_whose_environment_is_code(marker, data_root):
 
 def test_bad_input_a_data_set_that_leaves_its_spaces_to_code(marker, data_root):
     crafted(data_root, "crafted/no-spaces-v0", spaces=False)
-    with pytest.raises(SystemExit, match="names no spaces"):
+    with pytest.raises(SystemExit, match="it names no spaces"):
         run_here("srpo_critic.py", *TINY[2:], "--env", "crafted/no-spaces-v0")
     assert not marker.exists() and "intruder" not in sys.modules
     with pytest.raises((TypeError, AttributeError, gym.error.Error)):
