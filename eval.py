@@ -218,7 +218,7 @@ def make_env(environment):
     """An environment by its id and keyword arguments alone, so that no code is run that a data set names."""
     gym.logger.min_level = gym.logger.ERROR  # data need the version that they were recorded in, newer or not
     if environment["id"] not in gym.registry:
-        sys.modules.setdefault("farama_notifications", None)  # silences a notice about other environments
+        sys.modules["farama_notifications"] = None  # silences a notice about other environments
         import gymnasium_robotics
 
         gym.register_envs(gymnasium_robotics)

@@ -13,8 +13,8 @@ if (($# == 0)); then
     set -- local/pointmaze-demo-v0
     # few steps: a large tau lets V's horizon grow fast
     CRITIC="--steps 40000 --batch-size 128 --lr 1e-3 --lr-decay --tau 0.02 ${CRITIC:-}"
-    BEHAVIOR="--steps 4000 --batch-size 128 --lr 1e-3 --lr-decay --predict v ${BEHAVIOR:-}"
-    ACTOR="--steps 5000 --batch-size 128 --lr 1e-3 --beta 0.1 --eval-every 5000 ${ACTOR:-}"
+    BEHAVIOR="--steps 3000 --batch-size 128 --lr 1e-3 --lr-decay --predict v ${BEHAVIOR:-}"
+    ACTOR="--steps 4000 --batch-size 128 --lr 1e-3 --beta 0.1 --eval-every 4000 ${ACTOR:-}"
 elif [[ $1 == --small ]]; then
     shift
     set -- "${@:1:1}" --num-seeds 3 "${@:2}"
