@@ -386,6 +386,9 @@ def table(result, device):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    allocator = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}  # as run.sh sets it
+    if not allocator.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | allocator)
     result = {"loading": measure_loading(), "evaluation": measure_evaluation(args.quick)}
     device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = True  # for ours and plain alike
