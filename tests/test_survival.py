@@ -245,8 +245,11 @@ def test_a_worker_killed_in_training_ends_it_and_resume_goes_on(trained, tmp_pat
 def test_workers_of_a_killed_process_end_within_two_minutes(trained, tmp_path):
     flags = [str(flag) for flag in stage_flags("actor", trained)]
     flags[flags.index("--eval-every") + 1] = "30"
-    flags += ["--eval-episodes", "40", "--eval-workers", "2"]
+    flags += ["--eval-episodes", "400", "--eval-workers", "2"]
     process, _ = evaluating(trained, *flags, mark=str(tmp_path))
+    while len(processes_of(f"MARK={tmp_path}")) < 3:  # both workers and what keeps track of their resources
+        time.sleep(0.1)
+    time.sleep(2)
     process.kill()
     process.communicate()
     deadline = time.time() + 120
