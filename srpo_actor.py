@@ -200,7 +200,7 @@ def load_dataset(env, dataset, normalize_obs, device):
     info |= {"action_low": low.tolist(), "action_high": high.tolist(), "longest_episode": int(lengths.max())}
     info |= {"data_outcome": float((success if maze else returns).mean())}  # what an evaluation measures
     print(f"{source}: {len(returns):,} episodes, mean return {returns.mean():.2f}, {N:,} transitions,", end=" ")
-    print(f"{clipped:,} of their actions clipped, observations {'standardised' if std.max() != 1 else 'as they are'}")
+    print(f"{clipped:,} of their actions clipped, observations {'standardised' if (std != 1).any() else 'as they are'}")
     return {name: torch.from_numpy(column).to(device) for name, column in data.items()}, info
 
 
