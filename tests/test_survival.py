@@ -15,7 +15,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, create, prepared, random_episodes, run, run_here
+from conftest import ROOT, TINY, command, create, prepared, random_episodes, run, run_here
 from test_pipeline import STAGES, assert_same_run, lines, load, same, slowed, stage_flags
 
 import eval as srpo_eval
@@ -197,11 +197,14 @@ def test_a_diverged_run_stops_within_a_log_interval(stage, trained, tmp_path):
 
 
 def processes_of(mark):
-    """Ids of the processes whose environment has this mark."""
+    """Ids of the workers whose environment has this mark."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if mark.encode() in (folder / "environ").read_bytes() and b"loky" in (folder / "cmdline").read_bytes():
+            if (
+                mark.encode() in (folder / "environ").read_bytes()
+                and b"popen_loky" in (folder / "cmdline").read_bytes()
+            ):
                 found.append(int(folder.name))
         except OSError:  # it has ended
             continue
@@ -243,15 +246,17 @@ def test_a_worker_killed_in_training_ends_it_and_resume_goes_on(trained, tmp_pat
 @linux
 @pytest.mark.slow
 def test_workers_of_a_killed_process_end_within_two_minutes(trained, tmp_path):
-    flags = [str(flag) for flag in stage_flags("actor", trained)]
-    flags[flags.index("--eval-every") + 1] = "30"
-    flags += ["--eval-episodes", "400", "--eval-workers", "2"]
-    process, _ = evaluating(trained, *flags, mark=str(tmp_path))
-    while len(processes_of(f"MARK={tmp_path}")) < 3:  # both workers and what keeps track of their resources
-        time.sleep(0.1)
-    time.sleep(2)
+    code = "import sys, time, srpo_actor as a; x = a.load(sys.argv[1])"
+    code += "; w = [y[0].numpy() for y in x.pop('weights').values()]"
+    code += "; a.evaluate(a.make_act, [w], x, x['environments']['fixed'], range(40), 2)"
+    code += "; print('played', flush=True); time.sleep(1000)"
+    env = os.environ | {"MARK": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-c", code, str(trained / "actor.pt")]
+    process = subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout.readline() == "played\n"
+    assert len(processes_of(f"MARK={tmp_path}")) >= 2
     process.kill()
-    process.communicate()
+    process.wait()
     deadline = time.time() + 120
     while processes_of(f"MARK={tmp_path}"):
         assert time.time() < deadline
