@@ -75,6 +75,11 @@ def test_sections_come_in_the_same_order(script):
     assert order == SECTIONS
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_has_one_line_of_help(script):
+    assert all(text for _, text in args_of(script).values())
+
+
 def test_flags_of_the_same_name_mean_the_same():
     everywhere = set.intersection(*(set(args_of(script)) for script in STAGE_SCRIPTS))
     differ = {"seed", "num_seeds", "batch_size", "lr"}  # the actor takes its seeds from the artifacts

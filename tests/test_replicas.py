@@ -1,10 +1,12 @@
 """The leading replica axis: R networks in one are R networks, each drawn and trained as if it were alone."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY, run_here
 from torch import nn
 
 import srpo_actor
@@ -241,3 +243,41 @@ def test_select_picks_seeds_in_the_order_asked():
         for name, x in chosen.items():
             both = [pick(state, r, 3)[prefix + name] for r in (2, 0)]
             assert torch.equal(x, torch.cat(both))
+
+
+# ---- what the main parts draw
+
+
+def drawn(stage, *flags):
+    """A draw of 256 of 200 transitions for 3 replicas, after a short run of the script, and its rows' numbers."""
+    names = run_here(f"srpo_{stage}.py", *TINY, "--batch-size", 256, "--steps", 1, *flags)
+    data, batch = names["data"], names["draw"]()
+    same = (data["obs"] == batch[0].flatten(0, 1)[:, None]).all(dim=-1)
+    assert len(data["obs"]) == 200 and (same.sum(dim=1) == 1).all()  # each state is one of the data
+    index = same.int().argmax(dim=1).view(3, 256)
+    for one in index:  # from all of the data, with replacement: 144 different rows are expected
+        assert 110 < len(one.unique()) < 170 and one.min() < 10 and one.max() > 189
+    assert all(not torch.equal(x, y) for x, y in itertools.combinations(index, 2))
+    return data, batch, index
+
+
+def check_noise(t, eps):
+    """Each transition has a time and a noise of its own."""
+    assert t.shape == eps.shape == (3, 256, 1) and len(t.unique()) > 700 and len(eps.unique()) > 700
+    assert abs(t.mean() - 0.5) < 0.05 and abs(t.std() - 12**-0.5) < 0.03
+    assert abs(eps.mean()) < 0.15 and abs(eps.std() - 1) < 0.1
+
+
+def test_minibatches_are_rows_of_the_data_and_differ_between_replicas(trained):
+    data, (s, a, r, s_next, terminal), index = drawn("critic", "--num-seeds", 3)
+    for name, x in {"obs": s, "action": a, "reward": r, "next_obs": s_next, "terminal": terminal}.items():
+        assert torch.equal(x, data[name][index])
+
+    data, (s, a, t, eps), index = drawn("behavior", "--num-seeds", 3)
+    assert torch.equal(a, data["action"][index])
+    check_noise(t, eps)
+
+    flags = "--eval-every", 0, "--critic", trained / "critic.pt", "--behavior", trained / "behavior.pt"
+    flags += "--seed", 1, "--beta", 0.1, 0.2, 0.3
+    check_noise(*drawn("actor", *flags)[1][1:])
+    assert (drawn("actor", *flags, "--weight", "t=0.3")[1][1] == 0.3).all()

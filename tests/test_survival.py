@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, command, create, prepared, random_episodes, run, run_here
-from test_pipeline import STAGES, assert_same_run, lines, load, same, slowed, stage_flags
+from test_pipeline import STAGES, assert_same_run, killed, lines, load, same, slowed, stage_flags
 
 import eval as srpo_eval
 
@@ -73,6 +74,33 @@ def test_killed_twenty_times(stage, trained, tmp_path):
         process.wait()
     run_here(script, *flags, "--out-dir", "killed", "--resume")
     assert_same_run(tmp_path / "whole" / FOLDER, folder, stage, steps=300)
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_the_process_and_resume_goes_on(number, trained, tmp_path):
+    flags = stage_flags("critic", trained)
+    run_here("srpo_critic.py", *flags, "--out-dir", "whole")
+    killed(38, "srpo_critic.py", *flags, "--out-dir", "killed", number=number)
+    run_here("srpo_critic.py", *flags, "--out-dir", "killed", "--resume")
+    assert_same_run(tmp_path / "whole" / FOLDER, tmp_path / "killed" / FOLDER, "critic")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(trained, tmp_path):
+    flags = stage_flags("critic", trained)
+    run_here("srpo_critic.py", *flags, "--out-dir", "whole")
+    killed(38, "srpo_critic.py", *flags)
+    path = tmp_path / "runs" / FOLDER / "critic.ckpt"
+    before = path.read_bytes()
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, old[1]))  # no file may grow beyond this
+    try:
+        with pytest.raises((OSError, RuntimeError)):
+            run_here("srpo_critic.py", *flags, "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert path.read_bytes() == before
+    run_here("srpo_critic.py", *flags, "--resume")
+    assert_same_run(tmp_path / "whole" / FOLDER, tmp_path / "runs" / FOLDER, "critic")
 
 
 def test_actor_refuses_other_steps_on_resume(trained, tmp_path):
@@ -261,6 +289,23 @@ def test_workers_of_a_killed_process_end_within_two_minutes(trained, tmp_path):
     while processes_of(f"MARK={tmp_path}"):
         assert time.time() < deadline
         time.sleep(1)
+
+
+@linux
+def test_ctrl_c_ends_an_evaluation(trained, tmp_path):
+    flags = ("--env", "test/pendulum-v0", "--out-dir", trained.parent, "--episodes", 100_000, "--workers", 2)
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    process = subprocess.Popen(command("eval.py", *flags), env=os.environ | {"MARK": str(tmp_path)}, **options)
+    while len(processes_of(f"MARK={tmp_path}")) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(4)
+    os.killpg(process.pid, signal.SIGINT)  # as from a terminal
+    assert process.wait(timeout=20) != 0
+    deadline = time.time() + 20
+    while processes_of(f"MARK={tmp_path}"):
+        assert time.time() < deadline
+        time.sleep(0.2)
 
 
 # ---- no way in
