@@ -252,8 +252,8 @@ def evaluate(make_act, policies, info, environment, seeds, workers):
     chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]  # of a size that does not depend on the workers
     jobs = [delayed(rollout)(make_act, weights, info, environment, chunk) for weights in policies for chunk in chunks]
     with parallel_config("loky", inner_max_num_threads=1, idle_worker_timeout=20), torch.random.fork_rng():
-        result = np.concatenate(Parallel(workers, max_nbytes=None)(jobs)).reshape(len(policies), len(seeds), 3)
-    returns, success, length = result.mean(axis=1).T
+        played = Parallel(workers, max_nbytes=1000, mmap_mode="c", pre_dispatch="n_jobs")(jobs)  # small messages
+    returns, success, length = np.concatenate(played).reshape(len(policies), len(seeds), 3).mean(axis=1).T
     low, high = info["reference"]
     score = 100 * ((success if info["maze"] else returns) - low) / (high - low)
     metrics = {"eval/score": score, "eval/return": returns, "eval/episode_length": length}
@@ -446,7 +446,7 @@ if __name__ == "__main__":
         contents["eval"] |= {"steps": info["args"]["steps"], "episodes": args.episodes, "eval_env": args.eval_env}
         contents["eval"] |= {"sampler_steps": args.sampler_steps, "policies": rows, "summary": summary}
     if ways:
-        traces = Parallel(args.workers, max_nbytes=None)(job for _, job in ways)
+        traces = Parallel(args.workers, max_nbytes=1000, mmap_mode="c")(job for _, job in ways)
         maze = make_env(environment).unwrapped.maze
         walls = np.argwhere([[cell == 1 for cell in row] for row in maze.maze_map])
         contents["trajectories"] = {"cell": maze.maze_size_scaling}
@@ -472,7 +472,7 @@ if __name__ == "__main__":
                 label = f"{name}-seed{seed}-" + (f"{candidates}-candidates" if beta is None else f"beta{beta:g}")
                 jobs.append(delayed(record_video)(make, one, info, environment, test.start, folder / "video", label))
         try:
-            Parallel(args.workers, max_nbytes=None)(jobs)
+            Parallel(args.workers, max_nbytes=1000, mmap_mode="c")(jobs)
         except Exception as e:
             reason = f"{type(e).__name__}: {e}".splitlines()[0]
             sys.exit(f"error: cannot render ({reason}): install EGL, on Debian `apt install libegl1 libgl1-mesa-dri`")

@@ -410,8 +410,8 @@ def evaluate(make_act, policies, info, environment, seeds, workers):
     chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]  # of a size that does not depend on the workers
     jobs = [delayed(rollout)(make_act, weights, info, environment, chunk) for weights in policies for chunk in chunks]
     with parallel_config("loky", inner_max_num_threads=1, idle_worker_timeout=20), torch.random.fork_rng():
-        result = np.concatenate(Parallel(workers, max_nbytes=None)(jobs)).reshape(len(policies), len(seeds), 3)
-    returns, success, length = result.mean(axis=1).T
+        played = Parallel(workers, max_nbytes=1000, mmap_mode="c", pre_dispatch="n_jobs")(jobs)  # small messages
+    returns, success, length = np.concatenate(played).reshape(len(policies), len(seeds), 3).mean(axis=1).T
     low, high = info["reference"]
     score = 100 * ((success if info["maze"] else returns) - low) / (high - low)
     metrics = {"eval/score": score, "eval/return": returns, "eval/episode_length": length}

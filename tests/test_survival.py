@@ -16,7 +16,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, command, create, prepared, random_episodes, run, run_here
+from conftest import TINY, command, create, prepared, random_episodes, run, run_here
 from test_pipeline import STAGES, assert_same_run, killed, lines, load, same, slowed, stage_flags
 
 import eval as srpo_eval
@@ -273,16 +273,17 @@ def test_a_worker_killed_in_training_ends_it_and_resume_goes_on(trained, tmp_pat
 
 @linux
 @pytest.mark.slow
-def test_workers_of_a_killed_process_end_within_two_minutes(trained, tmp_path):
-    code = "import sys, time, srpo_actor as a; x = a.load(sys.argv[1])"
-    code += "; w = [y[0].numpy() for y in x.pop('weights').values()]"
-    code += "; a.evaluate(a.make_act, [w], x, x['environments']['fixed'], range(40), 2)"
-    code += "; print('played', flush=True); time.sleep(1000)"
-    env = os.environ | {"MARK": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-c", code, str(trained / "actor.pt")]
-    process = subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout.readline() == "played\n"
-    assert len(processes_of(f"MARK={tmp_path}")) >= 2
+def test_workers_of_a_process_killed_in_an_evaluation_end_within_two_minutes(trained, tmp_path):
+    """Their jobs' messages fit into a pipe, of which a kill would else leave a half that they wait for."""
+    flags = [str(flag) for flag in stage_flags("actor", trained)]
+    flags[flags.index("--eval-every") + 1] = "30"
+    flags += ["--eval-episodes", "60000", "--eval-workers", "2"]
+    process, _ = evaluating(trained, *flags, mark=str(tmp_path))
+    while len(processes_of(f"MARK={tmp_path}")) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(5)
+    assert process.poll() is None
     process.kill()
     process.wait()
     deadline = time.time() + 120
