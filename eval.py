@@ -232,7 +232,7 @@ def make_env(environment):
 def rollout(make_act, weights, info, environment, seeds):
     """A worker's job: one policy's episodes, one per seed, in lockstep. Returns [n, 3]: return, success, length."""
     act, space = make_act(weights, info), deserialize_space(info["observation_space"])
-    torch.manual_seed(seeds[0])  # for policies that sample
+    torch.default_generator.manual_seed(seeds[0])  # for policies that sample
     envs = [make_env(environment) for _ in seeds]
     obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
     result, running = np.zeros((len(seeds), 3)), list(range(len(seeds)))
@@ -251,7 +251,7 @@ def evaluate(make_act, policies, info, environment, seeds, workers):
     """Means over one episode per seed: metric -> list of one value per policy, each the weights for make_act."""
     chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]  # of a size that does not depend on the workers
     jobs = [delayed(rollout)(make_act, weights, info, environment, chunk) for weights in policies for chunk in chunks]
-    with parallel_config("loky", inner_max_num_threads=1, idle_worker_timeout=20), torch.random.fork_rng():
+    with parallel_config("loky", inner_max_num_threads=1, idle_worker_timeout=20), torch.random.fork_rng(devices=[]):
         played = Parallel(workers, max_nbytes=1000, mmap_mode="c", pre_dispatch="n_jobs")(jobs)  # small messages
     returns, success, length = np.concatenate(played).reshape(len(policies), len(seeds), 3).mean(axis=1).T
     low, high = info["reference"]

@@ -1,8 +1,8 @@
 """Stage 3 of SRPO: a small deterministic policy, from the critic of stage 1 and the behaviour model of stage 2.
 
 Score Regularized Policy Optimization (Chen et al., ICLR 2024): the policy climbs Q, and the score of the diffused
-behaviour, which the frozen behaviour model knows, pulls its actions back to the data (Eq. 15). Nothing is sampled.
-All seeds and betas train at once: replica s K + k, on the leading axis R of every tensor, has seed s and beta k of K.
+behaviour, which the frozen behaviour model knows, pulls its actions back to the data (Eq. 15). No action is sampled.
+All seeds and betas train at once: replica i K + k, on the leading axis R of every tensor, has seed i and beta k of K.
 
     python srpo_actor.py --env hopper-medium --beta 0.01 0.05    # writes runs/hopper-medium/actor.pt
 """
@@ -46,9 +46,9 @@ class Args:
     out_dir: str = "runs"
     """folder of all runs"""
     seed: int | None = None
-    """first seed (default: all seeds that both artifacts hold)"""
+    """first seed (default: all that both artifacts hold, or 0 if --num-seeds is given)"""
     num_seeds: int | None = None
-    """number of seeds: seed, seed + 1, ..."""
+    """number of seeds: seed, seed + 1, ... (default: 1 if --seed is given)"""
     critic: str | None = None
     """artifact of stage 1 (default: critic.pt in the run's folder)"""
     behavior: str | None = None
@@ -103,7 +103,7 @@ STAGE = "actor"
 METRICS = ("losses/actor_loss", "values/q_mean", "values/q_grad_norm")
 FILES = ("actor.*", "eval.json", "latency.json", "trajectories.json")  # of a run, moved aside by the next
 MAY_CHANGE = """args out_dir run_name graph resume checkpoint_every track wandb_project_name wandb_entity
-critic behavior eval_workers""".split()  # on --resume
+critic behavior eval_workers""".split()  # on --resume; sources stands for critic and behavior
 BETAS = {  # Table 2
     "walker2d": {"medium-expert": 0.1, "medium": 0.05, "medium-replay": 0.5},
     "halfcheetah": {"medium-expert": 0.01, "medium": 0.2, "medium-replay": 0.2},
@@ -279,10 +279,10 @@ class BehaviorModel(nn.Module):
 
 
 def actor_loss(policy, q, eps_psi, s, t, eps, beta, weight, baseline, q_grad_norm):
-    """Its gradient is Eq. 15 times -beta.
+    """Its gradient is Eq. 15 times -beta, with Q's gradient normalised as q_grad_norm says.
 
     s [R, B, S], t [R, B, 1], eps [R, B, A], beta [R, 1, 1]; q(s, a) -> [R, B] and eps_psi(a_t, s, t) -> [R, B, A] are
-    frozen. Returns the loss [R], Q [R, B] and the norm of its gradient [R, B, 1].
+    frozen. Returns the loss [R], Q [R, B] and the norm of Q's gradient [R, B, 1].
     """
     a = policy(s)
     alpha, sigma = alpha_sigma(t)
@@ -293,7 +293,7 @@ def actor_loss(policy, q, eps_psi, s, t, eps, beta, weight, baseline, q_grad_nor
     g = torch.autograd.grad(value.sum(), leaf)[0]  # grad_a Q(s, a) at a = policy(s)
     norm = g.norm(dim=-1, keepdim=True)
     g = g / {"none": 1, "l2": norm + 1e-8, "rms": norm / a.shape[-1] ** 0.5 + 1e-8}[q_grad_norm]
-    w = {"sigma2": sigma**2, "one": torch.ones_like(sigma)}.get(weight, alpha / sigma)
+    w = {"sigma2": sigma**2, "one": torch.ones_like(sigma)}.get(weight, alpha / sigma)  # also t=T
     bracket = w * score_term - beta * g
     return (bracket.detach() * a).sum(dim=-1).mean(dim=-1), value.detach(), norm
 
@@ -301,10 +301,10 @@ def actor_loss(policy, q, eps_psi, s, t, eps, beta, weight, baseline, q_grad_nor
 def make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, start):
     """The training step, which takes and returns nothing; draw() gives states, times and noise."""
     done = torch.full((), float(start), device=window.device)  # steps so far
-    S = len(beta) // len(args.beta)  # seeds
+    n_seeds = len(beta) // len(args.beta)
 
-    def fold(x):  # [R, B, n] -> [S, K B, n]: the K betas of a seed share its frozen networks
-        return x.reshape(S, -1, x.shape[-1])
+    def fold(x):  # [R, B, n] -> [n_seeds, K B, n]: the K betas of a seed share its frozen networks
+        return x.reshape(n_seeds, -1, x.shape[-1])
 
     def q(s, a):
         return q_target(fold(s), fold(a)).mean(dim=1).view(a.shape[:-1])  # the mean of both target heads
@@ -390,7 +390,7 @@ def make_env(environment):
 def rollout(make_act, weights, info, environment, seeds):
     """A worker's job: one policy's episodes, one per seed, in lockstep. Returns [n, 3]: return, success, length."""
     act, space = make_act(weights, info), deserialize_space(info["observation_space"])
-    torch.manual_seed(seeds[0])  # for policies that sample
+    torch.default_generator.manual_seed(seeds[0])  # for policies that sample
     envs = [make_env(environment) for _ in seeds]
     obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
     result, running = np.zeros((len(seeds), 3)), list(range(len(seeds)))
@@ -409,7 +409,7 @@ def evaluate(make_act, policies, info, environment, seeds, workers):
     """Means over one episode per seed: metric -> list of one value per policy, each the weights for make_act."""
     chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]  # of a size that does not depend on the workers
     jobs = [delayed(rollout)(make_act, weights, info, environment, chunk) for weights in policies for chunk in chunks]
-    with parallel_config("loky", inner_max_num_threads=1, idle_worker_timeout=20), torch.random.fork_rng():
+    with parallel_config("loky", inner_max_num_threads=1, idle_worker_timeout=20), torch.random.fork_rng(devices=[]):
         played = Parallel(workers, max_nbytes=1000, mmap_mode="c", pre_dispatch="n_jobs")(jobs)  # small messages
     returns, success, length = np.concatenate(played).reshape(len(policies), len(seeds), 3).mean(axis=1).T
     low, high = info["reference"]
@@ -470,7 +470,7 @@ if __name__ == "__main__":
             sys.exit(f"error: --{name.replace('_', '-')} {value}: must be positive")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
-    device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
+    device = args.device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = True
     fixed_t = re.fullmatch(r"t=(0?\.\d+)", args.weight)  # one time T, with weight alpha_T / sigma_T (Section 4.2)
     t_range = (float(fixed_t[1]), float(fixed_t[1])) if fixed_t else (0.02, 0.98)
@@ -514,7 +514,7 @@ if __name__ == "__main__":
     behavior = BehaviorModel(S, A, len(seeds), artifacts["behavior"]["args"]["predict"]).to(device)
     behavior.load_state_dict(select(artifacts["behavior"], seeds))
     behavior.requires_grad_(False).eval()  # no dropout
-    lr, fast = torch.tensor(args.lr, device=device), {"fused": True, "capturable": device.type == "cuda"}
+    lr, fast = torch.tensor(args.lr, device=device), {"fused": True, "capturable": device == "cuda"}
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr, **fast)
     window = torch.zeros(len(METRICS), R, device=device)  # sums of the metrics since the last log line
     about = {"stage": STAGE, "format": 4, **info, "seeds": [x["seed"] for x in replicas], "args": asdict(args)}
@@ -534,7 +534,7 @@ if __name__ == "__main__":
 
     update = make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, start)
     update = torch.compile(update) if args.compile else update
-    update = capture(update).__next__ if args.graph and device.type == "cuda" else update
+    update = capture(update).__next__ if args.graph and device == "cuda" else update
     bar, clock = tqdm(range(start + 1, args.steps + 1), STAGE, initial=start, total=args.steps), time.time()
     for step in bar:
         update()
@@ -561,7 +561,7 @@ if __name__ == "__main__":
         if step % args.checkpoint_every < args.log_every or step == args.steps:
             state, path = about | {"weights": policy.state_dict()}, folder / f"{STAGE}.pt"
             if step < args.steps:  # a checkpoint holds all that the next step depends on
-                rng = [torch.get_rng_state(), torch.cuda.get_rng_state_all()]
+                rng = [torch.get_rng_state(), [torch.cuda.get_rng_state()] if device == "cuda" else []]
                 state |= {"step": step, "optimizer": optimizer.state_dict(), "rng": rng, "log_size": log.stat().st_size}
                 path = folder / f"{STAGE}.ckpt"
             torch.save(state, f"{path}.tmp")

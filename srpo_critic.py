@@ -310,7 +310,7 @@ if __name__ == "__main__":
             sys.exit(f"error: --{name.replace('_', '-')} {value}: must be positive")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
-    device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
+    device = args.device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = True
     data, info = load_dataset(args.env, args.dataset, args.normalize_obs, device)
     args.expectile = args.expectile or (0.9 if info["maze"] else 0.7)
@@ -319,7 +319,7 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     R, replicas = args.num_seeds, [{"seed": args.seed + r} for r in range(args.num_seeds)]
     critic = Critic(info["state_dim"], info["action_dim"], R).to(device)
-    lr, fast = torch.tensor(args.lr, device=device), {"fused": True, "capturable": device.type == "cuda"}
+    lr, fast = torch.tensor(args.lr, device=device), {"fused": True, "capturable": device == "cuda"}
     optimizer = torch.optim.Adam([p for p in critic.parameters() if p.requires_grad], lr=lr, **fast)
     window = torch.zeros(len(METRICS), R, device=device)  # sums of the metrics since the last log line
     about = {"stage": STAGE, "format": 4, **info, "seeds": [x["seed"] for x in replicas], "args": asdict(args)}
@@ -337,7 +337,7 @@ if __name__ == "__main__":
 
     update = make_update(args, critic, optimizer, draw, window, start)
     update = torch.compile(update) if args.compile else update
-    update = capture(update).__next__ if args.graph and device.type == "cuda" else update
+    update = capture(update).__next__ if args.graph and device == "cuda" else update
     bar, clock = tqdm(range(start + 1, args.steps + 1), STAGE, initial=start, total=args.steps), time.time()
     for step in bar:
         update()
@@ -360,7 +360,7 @@ if __name__ == "__main__":
         if step % args.checkpoint_every < args.log_every or step == args.steps:
             state, path = about | {"weights": critic.state_dict()}, folder / f"{STAGE}.pt"
             if step < args.steps:  # a checkpoint holds all that the next step depends on
-                rng = [torch.get_rng_state(), torch.cuda.get_rng_state_all()]
+                rng = [torch.get_rng_state(), [torch.cuda.get_rng_state()] if device == "cuda" else []]
                 state |= {"step": step, "optimizer": optimizer.state_dict(), "rng": rng, "log_size": log.stat().st_size}
                 path = folder / f"{STAGE}.ckpt"
             torch.save(state, f"{path}.tmp")
