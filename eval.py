@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -327,6 +328,7 @@ def trace(make_act, weights, info, environment, seed):
 def record_video(make_act, weights, info, environment, seed, folder, name):
     """A worker's job: one episode as folder/name-episode-0.mp4."""
     os.environ.setdefault("MUJOCO_GL", "egl")  # needs no screen
+    warnings.simplefilter("ignore")  # where rendering is impossible, the error is enough
     torch.manual_seed(seed)
     env = make_env(environment | {"kwargs": environment["kwargs"] | {"render_mode": "rgb_array"}})
     env = gym.wrappers.RecordVideo(env, folder, name_prefix=name, disable_logger=True)
@@ -421,11 +423,7 @@ if __name__ == "__main__":
     for name, candidates, make, replicas in policies if test else ():
         result = evaluate(make, [one for *_, one in replicas], info, environment, test, args.workers)
         if not rows:
-            print(
-                " ".join(
-                    f"{x:>14}" for x in ("policy", "candidates", "seed", "beta", *(metric[5:] for metric in result))
-                )
-            )
+            print(*(f"{x:>14}" for x in ("policy", "candidates", "seed", "beta", *(metric[5:] for metric in result))))
         for r, (seed, beta, one) in enumerate(replicas):
             row = {"policy": name, "candidates": candidates, "seed": seed, "beta": beta}
             print(

@@ -20,7 +20,7 @@ elif [[ $1 == --small ]]; then
     set -- "${@:1:1}" --num-seeds 3 "${@:2}"
     steps=15000 beta=0.02
     [[ $1 == *antmaze* ]] && steps=60000 beta=0.01 # the ant's behaviour model needs more
-    CRITIC="--steps 100000 --lr 1e-3 --lr-decay ${CRITIC:-}"
+    CRITIC="--steps 60000 --lr 1e-3 --lr-decay ${CRITIC:-}"
     BEHAVIOR="--steps $steps --batch-size 128 --lr 1e-3 --lr-decay --predict v ${BEHAVIOR:-}"
     ACTOR="--steps 10000 --lr 1e-3 --beta $beta --eval-every 5000 ${ACTOR:-}"
     EVAL="--policy srpo behavior ${EVAL:-}"
