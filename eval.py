@@ -1,10 +1,10 @@
-"""Score saved policies: the last policy of every seed and beta, over episodes that training did not use.
+"""Score the final policies of all seeds and betas: D4RL's normalised return, or percent of success in mazes.
 
     python eval.py --env hopper-medium       # reads runs/hopper-medium/actor.pt, writes runs/hopper-medium/eval.json
     python eval.py --env hopper-medium --policy srpo idql behavior --latency --video
 
-Beside SRPO it scores the diffusion policies of the same artifacts: behavior, one action sampled from the behaviour
-model, and idql (Hansen-Estruch et al., 2023), the one of highest Q among several such actions.
+--policy adds the diffusion policies of the same artifacts: behavior, one action sampled from the behaviour model, and
+idql (Hansen-Estruch et al., 2023), the action of highest Q among several samples.
 
 In your own code: from eval import load_policy; act = load_policy("runs/hopper-medium/actor.pt"); action = act(obs).
 """
@@ -44,17 +44,17 @@ class Args:
     out_dir: str = "runs"
     """folder of all runs"""
     policy: tuple[Literal["srpo", "idql", "behavior"], ...] = ("srpo",)
-    """which to score: SRPO's, IDQL on its critic and behaviour model, that behaviour model"""
+    """policies to score: srpo, idql (on the same critic and behaviour model), behavior (that model alone)"""
     candidates: tuple[int, ...] = (32,)
     """actions that IDQL chooses from; several numbers score several policies"""
     sampler_steps: int = 15
-    """evaluations of the behaviour model per sampled action"""
+    """denoising steps, each one evaluation of the behaviour model"""
     episodes: int = 100
     """episodes per replica (0: none)"""
     first_episode: int = 1_000_000
-    """seed of the first episode; the actor's own evaluations begin with 0"""
+    """environment seed of the first episode; evaluations in training have 0, 1, ..."""
     workers: int = os.cpu_count()
-    """processes that evaluate"""
+    """number of processes that evaluate"""
     eval_env: Literal["fixed", "data"] | None = None
     """in mazes: fixed start and goal, or random ones as in the data (default: as in the actor's training)"""
     latency: bool = False
@@ -66,7 +66,7 @@ class Args:
 
 
 BETA_0, BETA_1 = 0.1, 20.0  # of the noise schedule
-CHAINS = {  # evaluations of the network per action and candidates, as in the papers or released code
+CHAINS = {  # method: denoising steps and candidates, as in the papers or released code
     "Diffusion-QL": (5, 50),
     "IDQL, as released": (5, 64),
     "SfBC": (15, 32),
@@ -162,7 +162,7 @@ def sample_actions(eps_psi, s, noise, steps):
     alpha, sigma, t = (x.to(noise) for x in (*alpha_sigma(t), t))
     a_t, previous = noise, None
     for i in range(steps):
-        a = (a_t - sigma[i] * eps_psi(a_t, s, t[i].expand(*s.shape[:2], 1))) / alpha[i]  # the action behind a_t
+        a = (a_t - sigma[i] * eps_psi(a_t, s, t[i].expand(*s.shape[:2], 1))) / alpha[i]  # the predicted clean action
         slope = a if i == 0 else 1.5 * a - 0.5 * previous  # extrapolated to the middle of the step
         a_t = sigma[i + 1] / sigma[i] * a_t - alpha[i + 1] * torch.expm1(-h).item() * slope
         previous = a
@@ -170,7 +170,7 @@ def sample_actions(eps_psi, s, noise, steps):
 
 
 def sample_best(behavior, q_target, s, candidates, steps):
-    """For each of the states s [1, B, S] the action of highest Q (the lesser head's) among so many samples: [B, A]."""
+    """For each of the states s [1, B, S] the action of highest Q (the smaller head) among so many samples: [B, A]."""
     A = behavior.last.bias.shape[-1]
     s = s.repeat_interleave(candidates, dim=1)
     a = sample_actions(behavior, s, torch.randn(*s.shape[:2], A, device=s.device), steps).clamp(-1, 1)
@@ -217,7 +217,7 @@ def make_sampling_act(weights, info, candidates, steps):
 
 def make_env(environment):
     """An environment by its id and keyword arguments alone, so that no code is run that a data set names."""
-    gym.logger.min_level = gym.logger.ERROR  # data need the version that they were recorded in, newer or not
+    gym.logger.min_level = gym.logger.ERROR  # no advice of newer versions: the data's own is needed
     if environment["id"] not in gym.registry:
         sys.modules["farama_notifications"] = None  # silences a notice about other environments
         import gymnasium_robotics
@@ -262,13 +262,13 @@ def evaluate(make_act, policies, info, environment, seeds, workers):
 
 
 def load(path, device="cpu"):
-    """An artifact or checkpoint. Exits with one line if the file is missing, damaged or foreign; runs no code in it."""
+    """An artifact or checkpoint. Runs no code in it, and exits with one line if it is missing or unusable."""
     try:
         if zipfile.ZipFile(path).testzip():
             raise ValueError("checksum")  # torch.load compares none
         return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:
-        sys.exit(f"error: {path} is missing, damaged or foreign ({type(e).__name__}): run the stage that writes it")
+        sys.exit(f"error: {path} is missing or unusable ({type(e).__name__}): run the stage that writes it")
 
 
 def select(artifact, seeds, prefix=""):
@@ -280,10 +280,10 @@ def select(artifact, seeds, prefix=""):
 
 
 def load_artifact(path, stage):
-    """A stage's artifact. Exits with one line if the file is another one."""
+    """A stage's artifact. Exits with one line if the file is of another stage or version."""
     artifact = load(path)
     if (artifact.get("stage"), artifact.get("format")) != (stage, 4):
-        sys.exit(f"error: {path} is no {stage} artifact of format 4: run srpo_{stage}.py again")
+        sys.exit(f"error: {path} is no {stage} artifact of this version: run srpo_{stage}.py again")
     return artifact
 
 
@@ -313,7 +313,7 @@ def load_policy(path, replica=0):
 
 
 def trace(make_act, weights, info, environment, seed):
-    """A worker's job: one policy's way through a maze, its goal and positions, and whether it arrives."""
+    """A worker's job: one policy's trajectory in a maze: its goal and positions, and whether it succeeds."""
     seen = []
 
     def make_watched(weights, info):
@@ -379,8 +379,8 @@ def print_latency(rows, device):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    for name, least in {"episodes": 0, "workers": 1, "sampler_steps": 1, "candidates": 1}.items():
-        if np.min(getattr(args, name)) < least:
+    for name, least in {"episodes": 0, "first_episode": 0, "workers": 1, "sampler_steps": 1, "candidates": 1}.items():
+        if not all(x >= least for x in np.atleast_1d(getattr(args, name))):
             sys.exit(f"error: --{name.replace('_', '-')} {getattr(args, name)}: must be {least} or more")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
@@ -388,7 +388,7 @@ if __name__ == "__main__":
     folder = Path(args.out_dir, args.run_name or args.env.replace("/", "-"))
     artifact = load_artifact(folder / "actor.pt", "actor")
     if artifact["environments"] is None:
-        sys.exit(f"error: the data of {args.env} name no environment to evaluate in")
+        sys.exit(f"error: the data set of {args.env} has no environment to evaluate in")
     args.eval_env = args.eval_env or artifact["args"]["eval_env"]
     environment = artifact["environments"][args.eval_env]
     try:
@@ -406,17 +406,17 @@ if __name__ == "__main__":
             path = artifact["args"][stage] or folder / f"{stage}.pt"
             there = load_artifact(path, stage)
             if zlib.crc32(b"".join(x.numpy().tobytes() for x in there["weights"].values())) != info["sources"][stage]:
-                sys.exit(f"error: {path} is not what the policy was trained on: run `python srpo_actor.py` again")
+                sys.exit(f"error: {path} changed since the actor was trained: run srpo_actor.py --env {args.env} again")
             info |= {"predict": there["args"]["predict"]} if stage == "behavior" else {}
             frozen.append([{k: x.numpy() for k, x in select(there, [seed], prefix).items()} for seed in unique])
         replicas = [(seed, None, networks) for seed, networks in zip(unique, zip(*frozen))]
-        for name, n in [("idql", n) for n in args.candidates] + [("behavior", 1)]:
+        for name, n in [("idql", n) for n in dict.fromkeys(args.candidates)] + [("behavior", 1)]:
             make = partial(make_sampling_act, candidates=n, steps=args.sampler_steps)
             policies.append((name, n, make, replicas))
-    policies = [row for name in args.policy for row in policies if row[0] == name]
+    policies = [row for name in dict.fromkeys(args.policy) for row in policies if row[0] == name]
 
     low, high = info["reference"]
-    print(f"{info['env']}, {args.episodes} episodes per policy in {environment['id']}, {args.eval_env};", end=" ")
+    print(f"{info['env']}, {args.episodes} episodes each in {environment['id']}, --eval-env {args.eval_env};", end=" ")
     print(f"the score of the data is {100 * (info['data_outcome'] - low) / (high - low):.1f}")
     test = range(args.first_episode, args.first_episode + args.episodes)
     rows, ways, summary = [], [], []
@@ -473,5 +473,5 @@ if __name__ == "__main__":
             Parallel(args.workers, max_nbytes=1000, mmap_mode="c")(jobs)
         except Exception as e:
             reason = f"{type(e).__name__}: {e}".splitlines()[0]
-            sys.exit(f"error: cannot render ({reason}): install EGL, on Debian `apt install libegl1 libgl1-mesa-dri`")
+            sys.exit(f"error: cannot record ({reason}): rendering needs EGL, `apt install libegl1 libgl1-mesa-dri`")
         print(f"saved {folder / 'video'}/*.mp4")

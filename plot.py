@@ -6,7 +6,7 @@
 learning.png   losses, Q and score during training: mean and range over seeds, a line per beta
 beta.png       score against beta (Figure 15 of the paper), where several were trained
 time.png       score against the time of an action (Figure 1), where eval.py scored several policies with --latency
-maze.png       ways through a maze
+maze.png       trajectories in a maze
 """
 
 import csv
@@ -22,7 +22,7 @@ import tyro
 
 plt.rcParams |= {"figure.constrained_layout.use": True, "savefig.dpi": 150, "font.size": 9, "axes.grid": True}
 plt.rcParams |= {"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's, told apart by all
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's, colour-blind safe
 MARKERS = {"srpo": "o", "idql": "s", "behavior": "^"}
 NAMES = {"behavior": "behavior model", "idql": "IDQL", "srpo": "SRPO"}  # in the order of the table
 PANELS = {  # title -> stage, metric
@@ -138,7 +138,7 @@ def plot_time(scores, latency):
 
 
 def plot_maze(content, name):
-    """The ways of the first seed and beta of each policy."""
+    """The trajectories of the first seed and beta of each policy."""
     kinds = {}
     for way in content["ways"]:
         ways = kinds.setdefault((way["policy"], way["candidates"]), [])

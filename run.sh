@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The three stages and eval.py in order.
 #   bash run.sh                              the demo: makes its own data, five minutes on 2 CPU cores
-#   bash run.sh hopper-medium --num-seeds 6  a task by the paper's numbers, for a GPU; the flags go to all three stages
+#   bash run.sh hopper-medium --num-seeds 6  a task with the paper's settings, for a GPU; the flags go to all three stages
 #   bash run.sh --small hopper-medium        a task on a small budget, for a CPU
 # CRITIC, BEHAVIOR, ACTOR and EVAL may hold flags for one script alone: ACTOR="--beta 0.01 0.05" bash run.sh hopper-medium
 set -euo pipefail
@@ -11,7 +11,7 @@ export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 # glibc keeps freed 
 if (($# == 0)); then
     python examples/collect_pointmaze.py
     set -- local/pointmaze-demo-v0
-    # few steps: a large tau lets V's horizon grow fast
+    # a large tau propagates values in few steps
     CRITIC="--steps 40000 --batch-size 128 --lr 1e-3 --lr-decay --tau 0.02 ${CRITIC:-}"
     BEHAVIOR="--steps 3000 --batch-size 128 --lr 1e-3 --lr-decay --predict v ${BEHAVIOR:-}"
     ACTOR="--steps 4000 --batch-size 128 --lr 1e-3 --beta 0.1 --eval-every 4000 ${ACTOR:-}"

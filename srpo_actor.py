@@ -1,7 +1,7 @@
 """Stage 3 of SRPO: a small deterministic policy, from the critic of stage 1 and the behaviour model of stage 2.
 
-Score Regularized Policy Optimization (Chen et al., ICLR 2024): the policy climbs Q, and the score of the diffused
-behaviour, which the frozen behaviour model knows, pulls its actions back to the data (Eq. 15). No action is sampled.
+Score Regularized Policy Optimization (Chen et al., ICLR 2024): the policy maximises Q, and the frozen behaviour model
+gives the score of the diffused behaviour (the gradient of its log density), which keeps actions near the data (Eq. 15).
 All seeds and betas train at once: replica i K + k, on the leading axis R of every tensor, has seed i and beta k of K.
 
     python srpo_actor.py --env hopper-medium --beta 0.01 0.05    # writes runs/hopper-medium/actor.pt
@@ -38,7 +38,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env: str
-    """task in D4RL's naming (hopper-medium, antmaze-umaze, ...) or id of a Minari data set"""
+    """D4RL task name (hopper-medium, antmaze-umaze, ...) or id of a Minari data set"""
     dataset: str | None = None
     """train on these data instead: Minari ids joined with +"""
     run_name: str | None = None
@@ -48,19 +48,19 @@ class Args:
     seed: int | None = None
     """first seed (default: all that both artifacts hold, or 0 if --num-seeds is given)"""
     num_seeds: int | None = None
-    """number of seeds: seed, seed + 1, ... (default: 1 if --seed is given)"""
+    """number of seeds: seed, seed + 1, ...; one replica per seed and beta (default: 1 if --seed is given)"""
     critic: str | None = None
     """artifact of stage 1 (default: critic.pt in the run's folder)"""
     behavior: str | None = None
     """artifact of stage 2 (default: behavior.pt in the run's folder)"""
     beta: tuple[float, ...] = ()
-    """temperature of Eq. 15, or several: each trains its own policy (default: Table 2's for the task, else 0.05)"""
+    """weight of Q in Eq. 15; several values train one policy each (default: Table 2 of the paper, else 0.05)"""
     weight: str = "sigma2"
-    """w(t) of Eq. 15: sigma2, one, alpha_over_sigma; or t=T: one time T, with weight alpha_T / sigma_T"""
+    """omega(t) of Eq. 15: sigma2, one, alpha_over_sigma; or t=T: one time T, with omega = alpha_T / sigma_T"""
     baseline: bool = True
     """subtract eps in Eq. 15, which reduces the variance of its gradient"""
     q_grad_norm: Literal["none", "rms", "l2"] | None = None
-    """divide Q's gradient by its norm (default: the paper's, none, and rms in mazes)"""
+    """divide Q's gradient by its norm (default: none, and in mazes rms, as in the released code)"""
     hidden_layers: int | None = None
     """hidden layers of the policy (default: the paper's, 2, and 4 in mazes)"""
     steps: int = 1_000_000
@@ -68,13 +68,13 @@ class Args:
     batch_size: int = 256
     """states per step and replica"""
     lr: float = 3e-4
-    """learning rate of Adam, decreasing on a cosine to 0 at the last step"""
+    """learning rate of Adam, with cosine decay to 0 at the last step"""
     eval_every: int = 50_000
     """steps between evaluations (0: never)"""
     eval_episodes: int = 20
     """episodes per evaluation and replica"""
     eval_workers: int = os.cpu_count()
-    """processes that evaluate"""
+    """number of processes that evaluate"""
     eval_env: Literal["fixed", "data"] = "fixed"
     """in mazes: fixed start and goal as in D4RL, or random ones as in the data"""
     normalize_obs: tyro.conf.DisallowNone[bool | None] = None
@@ -140,14 +140,14 @@ def open_dataset(id):
         dataset[0]  # reads the file
         return dataset
     except Exception as e:
-        sys.exit(f"error: no complete data set {id} ({e!r}): run `{command}`, or do so elsewhere and copy it to {path}")
+        sys.exit(f"error: no complete data set {id} ({e!r}): run `{command}`, or elsewhere and copy it to {path}")
 
 
 def load_dataset(env, dataset, normalize_obs, device):
-    """Logged transitions of a task, or of the Minari data sets that dataset names. Exits with one line if none suit.
+    """Logged transitions of a task, or of the Minari ids in dataset. Exits with one line if they are not supported.
 
     Returns data, float32 tensors on the device: obs [N, S], action [N, A] in [-1, 1], reward [N] (scaled as in the
-    paper), next_obs [N, S], terminal [N] (0 at a time-out); and info, what the other stages must know of the task.
+    paper), next_obs [N, S], terminal [N] (0 at a truncation); and info, what the other stages must know of the task.
     """
     ids = dataset.split("+") if dataset else minari_ids(env)
     sets, source = [open_dataset(id) for id in ids], "+".join(ids)
@@ -156,9 +156,9 @@ def load_dataset(env, dataset, normalize_obs, device):
         sys.exit(f"error: {source} have different spaces or environments: only data of one environment can be joined")
     image = re.search(r'"uint8", "shape": \[\d+, \d+, \d+\]', serialize_space(space))
     if image or not space.is_np_flattenable or gym.spaces.flatdim(space) > 4096:
-        sys.exit(f"error: {source} has images, or observations of more than 4096 numbers: these are not supported")
+        sys.exit(f"error: {source} has images, or observations of variable size or over 4096 numbers: not supported")
     if not isinstance(bounds, gym.spaces.Box) or len(bounds.shape) != 1 or not bounds.is_bounded():
-        sys.exit(f"error: {source} has actions that are no vectors within bounds: only these are supported")
+        sys.exit(f"error: {source} has actions that are not in a bounded one-dimensional Box: only these are supported")
     low, high = bounds.low, bounds.high
     maze = spec is not None and "Maze" in spec.id and "achieved_goal" in getattr(space, "spaces", ())
 
@@ -167,7 +167,7 @@ def load_dataset(env, dataset, normalize_obs, device):
         obs, terminal, T = episode.observations, episode.terminations, len(episode)
         rows = [gym.spaces.flatten(space, x) for x in iterate(batch_space(space, T + 1), obs)]
         rows = np.stack(rows, dtype=np.float32)
-        if maze:  # the recording goes on after success, which ends the task
+        if maze:  # the recording continues after success, which here terminates
             terminal = np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1)[1:] <= 0.45
             T = terminal.argmax() + 1 if terminal.any() else T
         action = np.clip(episode.actions[:T], low, high)  # as simulators do
@@ -200,7 +200,7 @@ def load_dataset(env, dataset, normalize_obs, device):
     info |= {"action_low": low.tolist(), "action_high": high.tolist(), "longest_episode": int(lengths.max())}
     info |= {"data_outcome": float((success if maze else returns).mean())}  # what an evaluation measures
     print(f"{source}: {len(returns):,} episodes, mean return {returns.mean():.2f}, {N:,} transitions,", end=" ")
-    print(f"{clipped:,} of their actions clipped, observations {'standardised' if (std != 1).any() else 'as they are'}")
+    print(f"{clipped:,} actions clipped, observations {'standardised' if (std != 1).any() else 'not standardised'}")
     return {name: torch.from_numpy(column).to(device) for name, column in data.items()}, info
 
 
@@ -279,7 +279,7 @@ class BehaviorModel(nn.Module):
 
 
 def actor_loss(policy, q, eps_psi, s, t, eps, beta, weight, baseline, q_grad_norm):
-    """Its gradient is Eq. 15 times -beta, with Q's gradient normalised as q_grad_norm says.
+    """The loss whose gradient is Eq. 15 times -beta, with Q's gradient normalised as q_grad_norm says.
 
     s [R, B, S], t [R, B, 1], eps [R, B, A], beta [R, 1, 1]; q(s, a) -> [R, B] and eps_psi(a_t, s, t) -> [R, B, A] are
     frozen. Returns the loss [R], Q [R, B] and the norm of Q's gradient [R, B, 1].
@@ -287,7 +287,7 @@ def actor_loss(policy, q, eps_psi, s, t, eps, beta, weight, baseline, q_grad_nor
     a = policy(s)
     alpha, sigma = alpha_sigma(t)
     with torch.no_grad():
-        score_term = eps_psi(alpha * a + sigma * eps, s, t) - (eps if baseline else 0)
+        score_term = eps_psi(alpha * a + sigma * eps, s, t) - (eps if baseline else 0)  # -sigma times the score
     leaf = a.detach().requires_grad_()
     value = q(s, leaf)
     g = torch.autograd.grad(value.sum(), leaf)[0]  # grad_a Q(s, a) at a = policy(s)
@@ -299,7 +299,7 @@ def actor_loss(policy, q, eps_psi, s, t, eps, beta, weight, baseline, q_grad_nor
 
 
 def make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, start):
-    """The training step, which takes and returns nothing; draw() gives states, times and noise."""
+    """The training step, a function without arguments; draw() gives states, times and noise."""
     done = torch.full((), float(start), device=window.device)  # steps so far
     n_seeds = len(beta) // len(args.beta)
 
@@ -328,7 +328,7 @@ def make_update(args, policy, q_target, behavior, optimizer, beta, draw, window,
 def capture(update):
     """update as one CUDA graph, whose replay is one launch. A generator: each next() is one training step."""
     stream = torch.cuda.Stream()
-    for _ in range(3):  # as it is: kernels are chosen, and the optimizer makes its state
+    for _ in range(3):  # eager training steps: kernels are chosen, and the optimizer makes its state
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             update()
@@ -374,7 +374,7 @@ def evaluation(id, info):
 
 def make_env(environment):
     """An environment by its id and keyword arguments alone, so that no code is run that a data set names."""
-    gym.logger.min_level = gym.logger.ERROR  # data need the version that they were recorded in, newer or not
+    gym.logger.min_level = gym.logger.ERROR  # no advice of newer versions: the data's own is needed
     if environment["id"] not in gym.registry:
         sys.modules["farama_notifications"] = None  # silences a notice about other environments
         import gymnasium_robotics
@@ -419,13 +419,13 @@ def evaluate(make_act, policies, info, environment, seeds, workers):
 
 
 def load(path, device="cpu"):
-    """An artifact or checkpoint. Exits with one line if the file is missing, damaged or foreign; runs no code in it."""
+    """An artifact or checkpoint. Runs no code in it, and exits with one line if it is missing or unusable."""
     try:
         if zipfile.ZipFile(path).testzip():
             raise ValueError("checksum")  # torch.load compares none
         return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:
-        sys.exit(f"error: {path} is missing, damaged or foreign ({type(e).__name__}): run the stage that writes it")
+        sys.exit(f"error: {path} is missing or unusable ({type(e).__name__}): run the stage that writes it")
 
 
 def open_run(args, about, model, optimizer, device):
@@ -436,7 +436,7 @@ def open_run(args, about, model, optimizer, device):
     if path is None:
         for old in [old for pattern in FILES for old in folder.glob(pattern)]:
             date = time.strftime(f"%Y%m%d-%H%M%S-{old.stat().st_mtime_ns % 10**9}", time.localtime(old.stat().st_mtime))
-            print(f"{old} of an earlier run is now {old.rename(old.with_stem(f'{old.stem}-{date}'))}")
+            print(f"{old} of an earlier run is renamed to {old.rename(old.with_stem(f'{old.stem}-{date}'))}")
         return folder, 0
     state = load(path, device)
     for name, value in (about["args"] | about).items():
@@ -479,10 +479,10 @@ if __name__ == "__main__":
     data, info = load_dataset(args.env, args.dataset, args.normalize_obs, device)
     obs, S, A = data["obs"], info["state_dim"], info["action_dim"]
     domain, _, level = args.env.removesuffix("-v2").partition("-")
-    args.beta = args.beta or (BETAS.get(domain, {}).get(level, 0.05),)
+    args.beta = tuple(dict.fromkeys(args.beta)) or (BETAS.get(domain, {}).get(level, 0.05),)
     args.q_grad_norm = args.q_grad_norm or ("rms" if info["maze"] else "none")
     args.hidden_layers = args.hidden_layers or (4 if info["maze"] else 2)
-    print(f"{args.steps:,} x {args.batch_size} on {device}: {args.beta=}, {args.q_grad_norm=}, {args.hidden_layers=}")
+    print(f"{args.steps:,} of {args.batch_size} on {device}: {args.beta=}, {args.q_grad_norm=}, {args.hidden_layers=}")
     artifacts, sources = {}, {}
     for stage in ("critic", "behavior"):
         path = getattr(args, stage) or Path(args.out_dir, args.run_name or args.env.replace("/", "-"), f"{stage}.pt")
@@ -495,7 +495,7 @@ if __name__ == "__main__":
     if args.seed is not None or args.num_seeds is not None:
         seeds = list(range(args.seed or 0, (args.seed or 0) + (args.num_seeds or 1)))
     if not seeds or not set(seeds) <= set(both):
-        sys.exit(f"error: the critic and the behaviour model both have seeds {both}, not {seeds}: train these first")
+        sys.exit(f"error: critic and behaviour model share seeds {both}, not {seeds or 'any'}: train both on the same")
     info |= evaluation((args.dataset or minari_ids(args.env)[0]).split("+")[0], info) | {"sources": sources}
     environment = info["environments"] and args.eval_every and info["environments"][args.eval_env]
     print(f"evaluation in {environment['id']}" if environment else "no evaluation")

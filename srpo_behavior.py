@@ -35,7 +35,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env: str
-    """task in D4RL's naming (hopper-medium, antmaze-umaze, ...) or id of a Minari data set"""
+    """D4RL task name (hopper-medium, antmaze-umaze, ...) or id of a Minari data set"""
     dataset: str | None = None
     """train on these data instead: Minari ids joined with +"""
     run_name: str | None = None
@@ -43,9 +43,9 @@ class Args:
     out_dir: str = "runs"
     """folder of all runs"""
     seed: int = 0
-    """first seed; replica k of several is not the run of seed k alone, since all draw from one random generator"""
+    """first seed; seeds that train at once share one random generator: none equals a run of its seed alone"""
     num_seeds: int = 1
-    """number of replicas trained at once, named seed, seed + 1, ..."""
+    """number of seeds that train at once: seed, seed + 1, ...; one replica each"""
     steps: int = 2_000_000
     """gradient steps"""
     batch_size: int = 2048
@@ -53,7 +53,7 @@ class Args:
     lr: float = 3e-4
     """learning rate of AdamW"""
     lr_decay: bool = False
-    """decrease the learning rate on a cosine to 0 at the last step; helps short runs"""
+    """cosine decay of the learning rate to 0 at the last step; helps short runs"""
     predict: Literal["eps", "v"] = "eps"
     """output of the network: eps as in the paper, or v = alpha eps - sigma a, which needs far fewer samples"""
     normalize_obs: tyro.conf.DisallowNone[bool | None] = None
@@ -109,14 +109,14 @@ def open_dataset(id):
         dataset[0]  # reads the file
         return dataset
     except Exception as e:
-        sys.exit(f"error: no complete data set {id} ({e!r}): run `{command}`, or do so elsewhere and copy it to {path}")
+        sys.exit(f"error: no complete data set {id} ({e!r}): run `{command}`, or elsewhere and copy it to {path}")
 
 
 def load_dataset(env, dataset, normalize_obs, device):
-    """Logged transitions of a task, or of the Minari data sets that dataset names. Exits with one line if none suit.
+    """Logged transitions of a task, or of the Minari ids in dataset. Exits with one line if they are not supported.
 
     Returns data, float32 tensors on the device: obs [N, S], action [N, A] in [-1, 1], reward [N] (scaled as in the
-    paper), next_obs [N, S], terminal [N] (0 at a time-out); and info, what the other stages must know of the task.
+    paper), next_obs [N, S], terminal [N] (0 at a truncation); and info, what the other stages must know of the task.
     """
     ids = dataset.split("+") if dataset else minari_ids(env)
     sets, source = [open_dataset(id) for id in ids], "+".join(ids)
@@ -125,9 +125,9 @@ def load_dataset(env, dataset, normalize_obs, device):
         sys.exit(f"error: {source} have different spaces or environments: only data of one environment can be joined")
     image = re.search(r'"uint8", "shape": \[\d+, \d+, \d+\]', serialize_space(space))
     if image or not space.is_np_flattenable or gym.spaces.flatdim(space) > 4096:
-        sys.exit(f"error: {source} has images, or observations of more than 4096 numbers: these are not supported")
+        sys.exit(f"error: {source} has images, or observations of variable size or over 4096 numbers: not supported")
     if not isinstance(bounds, gym.spaces.Box) or len(bounds.shape) != 1 or not bounds.is_bounded():
-        sys.exit(f"error: {source} has actions that are no vectors within bounds: only these are supported")
+        sys.exit(f"error: {source} has actions that are not in a bounded one-dimensional Box: only these are supported")
     low, high = bounds.low, bounds.high
     maze = spec is not None and "Maze" in spec.id and "achieved_goal" in getattr(space, "spaces", ())
 
@@ -136,7 +136,7 @@ def load_dataset(env, dataset, normalize_obs, device):
         obs, terminal, T = episode.observations, episode.terminations, len(episode)
         rows = [gym.spaces.flatten(space, x) for x in iterate(batch_space(space, T + 1), obs)]
         rows = np.stack(rows, dtype=np.float32)
-        if maze:  # the recording goes on after success, which ends the task
+        if maze:  # the recording continues after success, which here terminates
             terminal = np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1)[1:] <= 0.45
             T = terminal.argmax() + 1 if terminal.any() else T
         action = np.clip(episode.actions[:T], low, high)  # as simulators do
@@ -169,7 +169,7 @@ def load_dataset(env, dataset, normalize_obs, device):
     info |= {"action_low": low.tolist(), "action_high": high.tolist(), "longest_episode": int(lengths.max())}
     info |= {"data_outcome": float((success if maze else returns).mean())}  # what an evaluation measures
     print(f"{source}: {len(returns):,} episodes, mean return {returns.mean():.2f}, {N:,} transitions,", end=" ")
-    print(f"{clipped:,} of their actions clipped, observations {'standardised' if (std != 1).any() else 'as they are'}")
+    print(f"{clipped:,} actions clipped, observations {'standardised' if (std != 1).any() else 'not standardised'}")
     return {name: torch.from_numpy(column).to(device) for name, column in data.items()}, info
 
 
@@ -241,7 +241,7 @@ def behavior_loss(model, s, a, t, eps):
 
 
 def make_update(args, model, optimizer, draw, window, start):
-    """The training step, which takes and returns nothing; draw() gives minibatch and noise, window sums metrics."""
+    """The training step, a function without arguments; draw() gives minibatch and noise, window sums up the metrics."""
     done = torch.full((), float(start), device=window.device)  # steps so far
 
     def update():
@@ -261,7 +261,7 @@ def make_update(args, model, optimizer, draw, window, start):
 def capture(update):
     """update as one CUDA graph, whose replay is one launch. A generator: each next() is one training step."""
     stream = torch.cuda.Stream()
-    for _ in range(3):  # as it is: kernels are chosen, and the optimizer makes its state
+    for _ in range(3):  # eager training steps: kernels are chosen, and the optimizer makes its state
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             update()
@@ -276,13 +276,13 @@ def capture(update):
 
 
 def load(path, device="cpu"):
-    """An artifact or checkpoint. Exits with one line if the file is missing, damaged or foreign; runs no code in it."""
+    """An artifact or checkpoint. Runs no code in it, and exits with one line if it is missing or unusable."""
     try:
         if zipfile.ZipFile(path).testzip():
             raise ValueError("checksum")  # torch.load compares none
         return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:
-        sys.exit(f"error: {path} is missing, damaged or foreign ({type(e).__name__}): run the stage that writes it")
+        sys.exit(f"error: {path} is missing or unusable ({type(e).__name__}): run the stage that writes it")
 
 
 def open_run(args, about, model, optimizer, device):
@@ -293,7 +293,7 @@ def open_run(args, about, model, optimizer, device):
     if path is None:
         for old in [old for pattern in FILES for old in folder.glob(pattern)]:
             date = time.strftime(f"%Y%m%d-%H%M%S-{old.stat().st_mtime_ns % 10**9}", time.localtime(old.stat().st_mtime))
-            print(f"{old} of an earlier run is now {old.rename(old.with_stem(f'{old.stem}-{date}'))}")
+            print(f"{old} of an earlier run is renamed to {old.rename(old.with_stem(f'{old.stem}-{date}'))}")
         return folder, 0
     state = load(path, device)
     for name, value in (about["args"] | about).items():

@@ -187,7 +187,7 @@ def log_density(eps_psi, a):
 def extract(pull, targets, betas, steps=400, lr=0.1):
     """Adam on beta grad Q(a) - pull(a), the gradient of Eq. 10 or 15 times beta, from the targets [R, n, 2] on.
 
-    pull(a [R, K n, 2]) is what draws away from the data. Returns [R, K, n, 2].
+    pull(a [R, K n, 2]) is minus the score, scaled: descending along it leads to the data. Returns [R, K, n, 2].
     """
     shape = len(targets), len(betas), *targets.shape[1:]
     target = targets[:, None].expand(shape).flatten(1, 2)
@@ -297,7 +297,7 @@ def sampled_divergence(vae, samples=4):
 # ---- measures and pictures
 
 
-COLORS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's, told apart by all
+COLORS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's, colour-blind safe
 EXTENT = 5  # half the side of every picture
 
 
@@ -369,7 +369,7 @@ if __name__ == "__main__":
     eps_psi = train_behavior(data, steps)
     support = Support(eps_psi, cells, len(names))
     for name, mass in zip(names, support.mass):
-        print(f"{name}: the density sums to {mass:.3f} over the picture")
+        print(f"{name}: the density integrates to {mass:.3f} over the picture")
 
     axis = torch.linspace(-4.4, 4.4, side)
     targets = torch.cartesian_prod(axis, axis).expand(len(names), -1, 2)
@@ -418,9 +418,7 @@ if __name__ == "__main__":
         show(ax, method, names.index(name), like_srpo(method, names.index(name), shown[beta]))
 
     rows = [f"{method}\n{beta}" for beta in list(shown)[2:] for method in (one_time, default, srpo)]
-    title = (
-        "The score at one time near 0, and at an ensemble of times with two weights; three and three of equal mean Q"
-    )
+    title = "One time near 0, and ensembles of times with two weights; the three rows of one beta have equal mean Q"
     picture(args.out_dir / "times.png", rows, names, title, panel)
 
     beta = list(shown)[3]

@@ -5,7 +5,7 @@
 The recipe for data of your own: one EpisodeBuffer per episode, then minari.create_dataset_from_buffers. The layout is
 that of Minari's own mazes: dictionary observations that hold the goal, a task that goes on after success and never
 terminates. Three episodes of ten steer to the goal; the others go somewhere else or wander from cell to cell, and
-meet the goal at best by chance. To do better than these data, a policy must tell which way leads to its goal.
+reach the goal at best by chance. To do better than these data, a policy must prefer the actions that lead to its goal.
 """
 
 import collections
@@ -67,7 +67,7 @@ def next_cells(maze_map, target):
 
 
 def record_episode(env, seed):
-    """One episode of 300 steps, as (EpisodeBuffer, whether it met its goal)."""
+    """One episode of 300 steps, as (EpisodeBuffer, whether it reached its goal)."""
     rng = np.random.default_rng(seed)
     maze = env.unwrapped.maze
     free = [(i, j) for i, row in enumerate(maze.maze_map) for j, wall in enumerate(row) if wall != 1]
@@ -134,9 +134,9 @@ if __name__ == "__main__":
             args.dataset,
             list(buffers),
             env=make_env(),
-            algorithm_name="waypoint controller, most of the episodes astray",
+            algorithm_name="waypoint controller, 70% of the episodes with another target",
             description="A point mass in a maze; three episodes of ten steer to its goal.",
         )
     steps = sum(len(buffer.rewards) for buffer in buffers)
     print(f"{args.dataset}: {len(buffers):,} episodes, {steps:,} steps, {time.time() - start:.0f} s")
-    print(f"{100 * np.mean(successes):.0f}% of the episodes meet their goal")
+    print(f"{100 * np.mean(successes):.0f}% of the episodes reach their goal")

@@ -46,7 +46,7 @@ def read(path):
             if missing := [name for name in COLUMNS if name not in file]:
                 sys.exit(f"error: {path} has no {', '.join(missing)}: give a file with {', '.join(COLUMNS)}")
             obs, action, *rest = (np.asarray(file[name][:], np.float32) for name in COLUMNS)
-    except Exception as e:  # whatever other files make of them
+    except Exception as e:  # h5py raises several types
         sys.exit(f"error: {path} cannot be read as HDF5 ({type(e).__name__}): give a file of D4RL")
     if not obs.ndim == action.ndim == 2 or any(len(x) != len(obs) or x.size != len(x) for x in (action[:, :1], *rest)):
         sys.exit(f"error: {path} has columns of other shapes than D4RL's: give one row per step in each")
@@ -78,13 +78,13 @@ if __name__ == "__main__":
     id = args.id or f"D4RL/{name[1]}/{name[2].replace('_', '-')}{name[3] or '-v0'}"
     robots = [robot for robot in D4RL_SCORES if robot.lower() in f"{args.file.name} {id}".lower()]
     if len(robots) > 1:
-        sys.exit(f"error: {args.file} is of another robot than {id}: give --id of the same")
+        sys.exit(f"error: {args.file} and the id {id} name different robots: give another --id")
     try:
         parse_dataset_id(id)
     except (TypeError, ValueError):
         sys.exit(f"error: --id {id}: must be like D4RL/hopper/medium-v2")
     if get_dataset_path(id).exists():
-        sys.exit(f"error: there is a set {id} already: run `minari delete {id}`, or give another --id")
+        sys.exit(f"error: data set {id} exists already: run `minari delete {id}`, or give another --id")
 
     about = {"observation_space": gym.spaces.Box(-np.inf, np.inf, obs.shape[1:])}
     about |= {"action_space": gym.spaces.Box(-1, 1, action.shape[1:])}

@@ -1,11 +1,11 @@
-"""What holds a policy to the data? Where it stands between the behaviour model's actions, and what Q thinks of it.
+"""Diagnose a policy: its distance from the behaviour model's actions, and the critic's Q of both.
 
     python examples/policy_distance.py --run runs/hopper-medium      # reads its artifacts and the data
 
-For each policy, over recorded states: its mean squared distance per action dimension (of [-1, 1]) from the mean of 32
-of the behaviour model's samples, and the samples' own; then the mean Q of the policy's actions, of the samples, and of
-the sample that IDQL would take. With --episodes N, also what that mean scores as a policy. With
---times T ..., what the score term of Eq. 15 is in that mean at each of these times: about 0, were the model exact.
+For each policy, over recorded states: its mean squared distance per action dimension (actions lie in [-1, 1]) from the
+mean of 32 samples of the behaviour model, and the samples' own distance from it; then the mean Q of the policy's
+actions, of the samples, and of the sample that IDQL would take. --episodes N also scores the mean of the samples as a
+policy. --times T ... also prints the score term of Eq. 15 at that mean for each time: near 0 if the model is exact.
 """
 
 import os
@@ -53,7 +53,7 @@ def compare(policy, behavior, q_target, s, samples, steps):
     """Two distances and three Qs as above, for networks of one replica and states s [B, S]."""
     a, pi = sample(behavior, s, samples, steps), policy(s[None])[0]
     q = q_target(s.repeat_interleave(samples, dim=0)[None], a.flatten(0, 1)[None])[0].view(2, -1, samples)
-    taken = q.amin(dim=0).argmax(dim=1, keepdim=True)  # as IDQL does, by the lesser of both heads
+    taken = q.amin(dim=0).argmax(dim=1, keepdim=True)  # as IDQL does, by the smaller of both heads
     mean = a.mean(dim=1)
     distances = (pi - mean).square().mean(), (a - mean[:, None]).square().mean()
     return *distances, q_target(s[None], pi[None]).mean(), q.mean(), q.mean(dim=0).gather(1, taken).mean()
@@ -61,8 +61,8 @@ def compare(policy, behavior, q_target, s, samples, steps):
 
 def score_term(behavior, s, a, t, draws=256):
     """E_eps[eps_psi(a_t | s, t) - eps] of Eq. 15 in actions a [B, A] of states s [B, S]: its rms, and by how much it
-    grows per unit of distance from a. If a is the mean of the data's actions, the first is an error, and error / slope
-    how far from them a policy comes to rest that this time alone holds."""
+    grows per unit of distance from a. If a is the mean of the data's actions, an exact model has rms 0, and rms / slope
+    is how far from them a policy would settle that is trained at this time alone."""
     B, A = a.shape
     s, eps = s.repeat_interleave(draws, dim=0)[None], torch.randn(1, B * draws, A)
     t = torch.full((1, B * draws, 1), t)
@@ -101,13 +101,13 @@ if __name__ == "__main__":
             zlib.crc32(b"".join(x.numpy().tobytes() for x in there[stage]["weights"].values()))
             != info["sources"][stage]
         ):
-            sys.exit(f"error: {path} is not what the policy was trained on: run `python srpo_actor.py` again")
+            sys.exit(f"error: {path} changed since the actor was trained: run srpo_actor.py --env {info['env']} again")
     info["predict"] = there["behavior"]["args"]["predict"]
     data, task = load_dataset(info["env"], info["args"]["dataset"], info["args"]["normalize_obs"], "cpu")
     if any(info[name] != x for name, x in task.items()):
-        sys.exit(f"error: {args.run / 'actor.pt'} was trained on other data: run `python srpo_actor.py` again")
+        sys.exit(f"error: {args.run}/actor.pt was trained on other data: run srpo_actor.py --env {info['env']} again")
     if args.episodes and not info["environments"]:
-        sys.exit(f"error: the data of {info['env']} name no environment: leave out --episodes")
+        sys.exit(f"error: the data set of {info['env']} has no environment: leave out --episodes")
     weights, networks = {}, {}
     for seed in dict.fromkeys(info["seeds"]):
         one = select(there["behavior"], [seed]), select(there["critic"], [seed], "q_target.")

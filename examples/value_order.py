@@ -1,9 +1,9 @@
-"""How far back credit reaches in a maze: does a critic's V order an episode's states by their distance to the goal?
+"""How far values have propagated in a maze: does V order an episode's states by the steps left to the goal?
 
     python examples/value_order.py --env antmaze-umaze       # reads runs/antmaze-umaze/critic.pt and the data
 
 Prints, for each seed, the Spearman correlation of V(s_t) with minus the steps left to the first success, averaged over
-the episodes that succeed. 1 is a perfect order; states that no credit reaches have nearly equal V, in any order.
+the episodes that succeed. 1 is a perfect order; where values have not propagated, V is nearly constant.
 """
 
 import sys
@@ -56,7 +56,7 @@ if __name__ == "__main__":
     path = Path(args.out_dir, args.run_name or args.env.replace("/", "-"), "critic.pt")
     artifact = load_artifact(path, "critic")
     if not artifact["maze"]:
-        sys.exit(f"error: {args.env} is no maze, its episodes have no goal to order states by: name a maze")
+        sys.exit(f"error: {args.env} is no maze: name one")
     flags = artifact["args"]
     data, info = srpo_critic.load_dataset(artifact["env"], flags["dataset"], flags["normalize_obs"], "cpu")
     if any(artifact[name] != x for name, x in info.items()):
@@ -65,7 +65,7 @@ if __name__ == "__main__":
     critic.load_state_dict(artifact["weights"])
     episodes = [e for e in successes(data) if e.stop - e.start > 2]
     if not episodes:
-        sys.exit(f"error: no episode of {args.env} takes some steps to succeed: there is no order to measure")
+        sys.exit(f"error: no episode of {args.env} succeeds after 3 or more steps: there is no order to measure")
     with torch.no_grad():
         v = torch.cat([critic.v(s.expand(len(artifact["seeds"]), -1, -1)) for s in data["obs"].split(10_000)], dim=1)
     v = v.squeeze(-1).numpy()

@@ -58,8 +58,8 @@ def bad_data(data_root):
     save("wider", [episode(np.ones((4, 4)), np.zeros((3, 1)), rewards)], wider, other)
 
 
-IMAGES = "has images, or observations of more than 4096 numbers: these are not supported"
-ACTIONS = "has actions that are no vectors within bounds: only these are supported"
+IMAGES = "has images, or observations of variable size or over 4096 numbers: not supported"
+ACTIONS = "has actions that are not in a bounded one-dimensional Box: only these are supported"
 DATA = {
     "nan": "has missing or not finite values in obs: repair or leave out their episodes",
     "nan-action": "has missing or not finite values in action",
@@ -88,6 +88,8 @@ FLAGS = {
         ("--log-every 0", "--log-every 0: must be positive"),
         ("--checkpoint-every 0", "--checkpoint-every 0: must be positive"),
         ("--expectile 0", "--expectile 0.0: must be positive"),
+        ("--expectile 1.5", "must be at most 1"),
+        ("--gamma 1.01", "must be at most 1"),
         ("--device cuda", "finds no CUDA device: use --device cpu"),
     ],
     "behavior": [("--steps -5", "--steps -5: must be positive"), ("--device cuda", "finds no CUDA device")],
@@ -188,7 +190,7 @@ def test_bad_input_d4rl_file_of_no_robot_or_another():
         refused(f"{name}.hdf5 names no task of halfcheetah, hopper or walker2d", IMPORT, f"{name}.hdf5")
     d4rl_file("hopper_medium.hdf5")
     other = ("--id", "D4RL/walker2d/medium-v2")
-    refused("is of another robot than D4RL/walker2d/medium-v2", IMPORT, "hopper_medium.hdf5", *other)
+    refused("and the id D4RL/walker2d/medium-v2 name different robots", IMPORT, "hopper_medium.hdf5", *other)
     refused("has columns of other shapes than Hopper's", IMPORT, "hopper_medium.hdf5")
     refused("has columns of other shapes than Walker2d's", IMPORT, "pen_human-v1.hdf5", *other)
 
@@ -233,7 +235,7 @@ def test_bad_input_is_one_line_for_the_shell():
 
 
 def test_bad_input_actor_before_the_other_stages(trained):
-    missing = "is missing, damaged or foreign (FileNotFoundError): run the stage that writes it"
+    missing = "is missing or unusable (FileNotFoundError): run the stage that writes it"
     refused(f"runs/test-pendulum-v0/critic.pt {missing}", "srpo_actor.py", *TINY)
     refused(f"runs/test-pendulum-v0/behavior.pt {missing}", "srpo_actor.py", *TINY, "--critic", trained / "critic.pt")
 
@@ -247,6 +249,7 @@ def test_bad_input_eval_before_actor():
     [
         ("--workers 0", "--workers 0: must be 1 or more"),
         ("--episodes -1", "--episodes -1: must be 0 or more"),
+        ("--first-episode -1", "--first-episode -1: must be 0 or more"),
         ("--sampler-steps 0", "--sampler-steps 0: must be 1 or more"),
         ("--candidates 8 0", "--candidates (8, 0): must be 1 or more"),
         ("--device cuda", "finds no CUDA device"),
@@ -274,7 +277,7 @@ def test_bad_input_data_without_an_environment(trained):
     artifact = torch.load(trained / "actor.pt", weights_only=True)
     Path("runs/none").mkdir(parents=True)
     torch.save(artifact | {"environments": None, "reference": None}, "runs/none/actor.pt")
-    refused("the data of none name no environment to evaluate in", "eval.py", "--env", "none")
+    refused("the data set of none has no environment to evaluate in", "eval.py", "--env", "none")
 
 
 def actor(trained, *flags):
@@ -287,8 +290,8 @@ def actor(trained, *flags):
         (("--env", "bad/other-v0"), "critic.pt has env = test/pendulum-v0, not bad/other-v0: run srpo_critic.py"),
         (("--dataset", "bad/wider-v0"), "critic.pt has fingerprint = "),
         (("--dataset", "bad/other-v0"), "critic.pt has fingerprint = "),
-        (("--num-seeds", 3), "both have seeds [0, 1], not [0, 1, 2]: train these first"),
-        (("--seed", 7), "both have seeds [0, 1], not [7]: train these first"),
+        (("--num-seeds", 3), "share seeds [0, 1], not [0, 1, 2]: train both on the same"),
+        (("--seed", 7), "share seeds [0, 1], not [7]: train both on the same"),
     ],
 )
 def test_bad_input_artifacts_of_something_else(flags, message, trained):
@@ -323,7 +326,7 @@ def test_bad_input_damaged_artifact(kind, script, trained):
     path.parent.mkdir(parents=True)
     path.write_bytes(damaged(kind, (trained / name).read_bytes()))
     flags = TINY if script == "srpo_actor.py" else ("--env", "test/pendulum-v0")
-    refused(f"{name} is missing, damaged or foreign (", script, *flags)
+    refused(f"{name} is missing or unusable (", script, *flags)
 
 
 @pytest.mark.parametrize(
@@ -338,4 +341,4 @@ def test_bad_input_artifact_of_another_format(content, message):
     torch.save(content, "runs/test-pendulum-v0/critic.pt")
     refused(message, "srpo_actor.py", *TINY)
     torch.save(content, "runs/test-pendulum-v0/actor.pt")
-    refused("is no actor artifact of format 4: run srpo_actor.py", "eval.py", "--env", "test/pendulum-v0")
+    refused("is no actor artifact of this version: run srpo_actor.py", "eval.py", "--env", "test/pendulum-v0")

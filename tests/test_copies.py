@@ -126,7 +126,6 @@ def test_a_script_stays_short(script, longest):
 
 
 def test_readme_quotes_the_loss():
-    """The lines of code in README's introduction are those of srpo_actor.py."""
-    quoted = [part for part in (ROOT / "README.md").read_text().split("```python\n")[1:3]]
-    for part in quoted:
-        assert part.partition("```")[0] in source("srpo_actor.py")
+    """The code in README's introduction is the body of actor_loss."""
+    quoted = (ROOT / "README.md").read_text().split("```python\n")[1].partition("```")[0]
+    assert quoted.startswith("    a = policy(s)\n") and f'"""\n{quoted}\n\ndef make_update' in source("srpo_actor.py")

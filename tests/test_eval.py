@@ -364,7 +364,7 @@ def test_bad_input_rendering_that_is_impossible(pendulum_run):
     done = run("eval.py", *flags, "--video", check=False, MUJOCO_GL="glfw", DISPLAY="")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: cannot render (") and "libegl1" in done.stderr
+    assert done.stderr.startswith("error: cannot record (") and "libegl1" in done.stderr
 
 
 # ---- the table of many runs

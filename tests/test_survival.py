@@ -126,7 +126,7 @@ def test_every_flipped_bit_of_a_file_is_noticed_or_harmless(trained, tmp_path):
         try:
             after = srpo_eval.load_artifact(tmp_path / "actor.pt", "actor")
         except SystemExit as e:
-            assert "damaged or foreign" in e.code and "\n" not in e.code
+            assert "missing or unusable" in e.code and "\n" not in e.code
             noticed += 1
         else:  # between the entries of the zip
             assert same(before["weights"], after["weights"])
@@ -172,7 +172,7 @@ def test_bad_input_damaged_checkpoints_and_artifacts(trained, tmp_path):
             (folder / path).write_bytes(content)
             with pytest.raises(SystemExit) as e:
                 run_here(*attempt)
-            assert "damaged or foreign" in str(e.value.code) and "\n" not in e.value.code
+            assert "missing or unusable" in str(e.value.code) and "\n" not in e.value.code
             assert (folder / path).read_bytes() == content and not Path("code-has-run").exists()
         (folder / path).unlink()
 
