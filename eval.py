@@ -163,8 +163,8 @@ def sample_actions(eps_psi, s, noise, steps):
     a_t, previous = noise, None
     for i in range(steps):
         a = (a_t - sigma[i] * eps_psi(a_t, s, t[i].expand(*s.shape[:2], 1))) / alpha[i]  # the predicted clean action
-        slope = a if i == 0 else 1.5 * a - 0.5 * previous  # extrapolated to the middle of the step
-        a_t = sigma[i + 1] / sigma[i] * a_t - alpha[i + 1] * torch.expm1(-h).item() * slope
+        middle = a if i == 0 else 1.5 * a - 0.5 * previous  # extrapolated to the middle of the step
+        a_t = sigma[i + 1] / sigma[i] * a_t - alpha[i + 1] * torch.expm1(-h).item() * middle
         previous = a
     return a_t
 
@@ -268,7 +268,7 @@ def load(path, device="cpu"):
             raise ValueError("checksum")  # torch.load compares none
         return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:
-        sys.exit(f"error: {path} is missing or unusable ({type(e).__name__}): run the stage that writes it")
+        sys.exit(f"error: {path} is missing or unusable ({e!r:.200}): run the stage that writes it")
 
 
 def select(artifact, seeds, prefix=""):
@@ -318,7 +318,12 @@ def trace(make_act, weights, info, environment, seed):
 
     def make_watched(weights, info):
         act = make_act(weights, info)
-        return lambda obs: seen.append(obs[0, :4].round(2).tolist()) or act(obs)
+
+        def watched_act(obs):
+            seen.append(obs[0, :4].round(2).tolist())
+            return act(obs)
+
+        return watched_act
 
     ((_, success, _),) = rollout(make_watched, weights, info, environment, [seed])
     # achieved and desired goal come first in the state
@@ -358,7 +363,8 @@ def measure_latency(policy, act, behavior, q_target, candidates, steps):
     for name, k, n, call in rows:
         row = {"policy": name, "steps": k, "candidates": n}
         for s in states:
-            timer = Timer("call(s)", globals={"call": call, "s": s}, num_threads=torch.get_num_threads())
+            statement = "call(s); torch.cuda.synchronize()" if s.is_cuda else "call(s)"
+            timer = Timer(statement, globals={"call": call, "s": s}, num_threads=torch.get_num_threads())
             row[f"us_batch_{s.shape[1]}"] = timer.blocked_autorange(min_run_time=0.3).median * 1e6 / s.shape[1]
         with FlopCounterMode(display=False) as counter:
             (policy if k is None else call)(states[0])

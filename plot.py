@@ -161,7 +161,7 @@ def plot_maze(content, name):
         ax.set(title=name_of(ways[0]), xlabel="x (m)", ylabel="y (m)", aspect="equal")
         ax.grid(False)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle(f"{name}: the first episodes of seed {content['ways'][0]['seed']}")
+    figure.suptitle(f"{name}: seed {content['ways'][0]['seed']}, episodes from the same starts")
     return figure
 
 

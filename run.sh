@@ -8,34 +8,34 @@ set -euo pipefail
 cd "$(dirname "$0")"
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 # glibc keeps freed memory: saves page faults
 
+critic="" behavior="" actor="" # a recipe's flags, which those of the command line override
 if (($# == 0)); then
     python examples/collect_pointmaze.py
     set -- local/pointmaze-demo-v0
     # a large tau propagates values in few steps
-    CRITIC="--steps 40000 --batch-size 128 --lr 1e-3 --lr-decay --tau 0.02 ${CRITIC:-}"
-    BEHAVIOR="--steps 3000 --batch-size 128 --lr 1e-3 --lr-decay --predict v ${BEHAVIOR:-}"
-    ACTOR="--steps 4000 --batch-size 128 --lr 1e-3 --beta 0.1 --eval-every 4000 ${ACTOR:-}"
+    critic="--steps 40000 --batch-size 128 --lr 1e-3 --lr-decay --tau 0.02"
+    behavior="--steps 3000 --batch-size 128 --lr 1e-3 --lr-decay --predict v"
+    actor="--steps 4000 --batch-size 128 --lr 1e-3 --beta 0.1 --eval-every 4000"
 elif [[ $1 == --small ]]; then
     shift
-    set -- "${@:1:1}" --num-seeds 3 "${@:2}"
     steps=15000 beta=0.02
-    [[ $1 == *antmaze* ]] && steps=60000 beta=0.01 # the ant's behaviour model needs more
-    CRITIC="--steps 60000 --lr 1e-3 --lr-decay ${CRITIC:-}"
-    BEHAVIOR="--steps $steps --batch-size 128 --lr 1e-3 --lr-decay --predict v ${BEHAVIOR:-}"
-    ACTOR="--steps 10000 --lr 1e-3 --beta $beta --eval-every 5000 ${ACTOR:-}"
+    [[ ${1:-} == *antmaze* ]] && steps=60000 beta=0.01 # the ant's behaviour model needs more
+    critic="--num-seeds 3 --steps 60000 --lr 1e-3 --lr-decay"
+    behavior="--num-seeds 3 --steps $steps --batch-size 128 --lr 1e-3 --lr-decay --predict v"
+    actor="--steps 10000 --lr 1e-3 --beta $beta --eval-every 5000"
     EVAL="--policy srpo behavior ${EVAL:-}"
 fi
 
-env=${1#--env=} # as a sweep names it
-shift
-if [[ $env == -* ]]; then
+env=${1:-} env=${env#--env=} # as a sweep names it
+if [[ $env == -* || -z $env ]]; then
     echo "error: the task comes first: bash run.sh [--small] TASK [flags]" >&2
     exit 1
 fi
+shift
 unset WANDB_RUN_ID WANDB_SWEEP_ID WANDB_SWEEP_PARAM_PATH # each replica is a W&B run of its own, also under an agent
-python srpo_critic.py --env "$env" "$@" ${CRITIC:-}
-python srpo_behavior.py --env "$env" "$@" ${BEHAVIOR:-}
-python srpo_actor.py --env "$env" "$@" ${ACTOR:-}
+python srpo_critic.py --env "$env" $critic "$@" ${CRITIC:-}
+python srpo_behavior.py --env "$env" $behavior "$@" ${BEHAVIOR:-}
+python srpo_actor.py --env "$env" $actor "$@" ${ACTOR:-}
 
 where=() # of the flags, eval.py takes only those that say where the run is
 while (($#)); do

@@ -55,8 +55,10 @@ class Args:
     """artifact of stage 2 (default: behavior.pt in the run's folder)"""
     beta: tuple[float, ...] = ()
     """weight of Q in Eq. 15; several values train one policy each (default: Table 2 of the paper, else 0.05)"""
-    weight: str = "sigma2"
-    """omega(t) of Eq. 15: sigma2, one, alpha_over_sigma; or t=T: one time T, with omega = alpha_T / sigma_T"""
+    weight: Literal["sigma2", "one", "alpha_over_sigma"] = "sigma2"
+    """omega(t) of Eq. 15"""
+    t_range: tuple[float, float] = (0.02, 0.98)
+    """diffusion times of Eq. 15 are uniform between these; equal ones give a single time, as in Eq. 10"""
     baseline: bool = True
     """subtract eps in Eq. 15, which reduces the variance of its gradient"""
     q_grad_norm: Literal["none", "rms", "l2"] | None = None
@@ -140,7 +142,7 @@ def open_dataset(id):
         dataset[0]  # reads the file
         return dataset
     except Exception as e:
-        sys.exit(f"error: no complete data set {id} ({e!r}): run `{command}`, or elsewhere and copy it to {path}")
+        sys.exit(f"error: no complete data set {id} ({e!r}): run `{command}`, or do so elsewhere and copy it to {path}")
 
 
 def load_dataset(env, dataset, normalize_obs, device):
@@ -191,7 +193,7 @@ def load_dataset(env, dataset, normalize_obs, device):
     mean, std = np.zeros(S, np.float32), np.ones(S, np.float32)
     if normalize_obs or normalize_obs is None and minari_ids(env) == [env]:
         mean, std = (f(data["obs"], axis=0, dtype=np.float64).astype(np.float32) for f in (np.mean, np.std))
-        std[np.ptp(data["obs"], axis=0) == 0] = 1
+        std[std <= 1e-6 * np.abs(mean)] = 1  # constant but for rounding
     for name in ("obs", "next_obs"):
         data[name] -= mean
         data[name] /= std
@@ -293,14 +295,14 @@ def actor_loss(policy, q, eps_psi, s, t, eps, beta, weight, baseline, q_grad_nor
     g = torch.autograd.grad(value.sum(), leaf)[0]  # grad_a Q(s, a) at a = policy(s)
     norm = g.norm(dim=-1, keepdim=True)
     g = g / {"none": 1, "l2": norm + 1e-8, "rms": norm / a.shape[-1] ** 0.5 + 1e-8}[q_grad_norm]
-    w = {"sigma2": sigma**2, "one": torch.ones_like(sigma)}.get(weight, alpha / sigma)  # also t=T
+    w = {"sigma2": sigma**2, "one": torch.ones_like(sigma), "alpha_over_sigma": alpha / sigma}[weight]
     bracket = w * score_term - beta * g
     return (bracket.detach() * a).sum(dim=-1).mean(dim=-1), value.detach(), norm
 
 
 def make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, start):
     """The training step, a function without arguments; draw() gives states, times and noise."""
-    done = torch.full((), float(start), device=window.device)  # steps so far
+    steps_done = torch.full((), float(start), device=window.device)  # so far
     n_seeds = len(beta) // len(args.beta)
 
     def fold(x):  # [R, B, n] -> [n_seeds, K B, n]: the K betas of a seed share its frozen networks
@@ -314,8 +316,8 @@ def make_update(args, policy, q_target, behavior, optimizer, beta, draw, window,
 
     def update():
         optimizer.zero_grad(set_to_none=True)
-        optimizer.param_groups[0]["lr"].copy_(args.lr * (1 + torch.cos(torch.pi * done / args.steps)) / 2)
-        done.add_(1)
+        optimizer.param_groups[0]["lr"].copy_(args.lr * (1 + torch.cos(torch.pi * steps_done / args.steps)) / 2)
+        steps_done.add_(1)
         loss, value, norm = actor_loss(policy, q, eps_psi, *draw(), beta, args.weight, args.baseline, args.q_grad_norm)
         loss.sum().backward()  # replicas share no parameters
         optimizer.step()
@@ -355,7 +357,7 @@ def make_act(weights, info):
     return act
 
 
-def evaluation(id, info):
+def evaluation_info(id, info):
     """What evaluations need of a data set's metadata: its environments, and the outcomes that score 0 and 100."""
     metadata = json.loads(Path(get_dataset_path(id), "data/metadata.json").read_text())
     data, fixed = (json.loads(metadata.get(key, "null")) for key in ("env_spec", "eval_env_spec"))
@@ -364,7 +366,7 @@ def evaluation(id, info):
     walls = [[cell if cell == 1 else 0 for cell in row] for row in UMAZE]
     if data["kwargs"].get("maze_map") in (UMAZE, walls):  # Minari's evaluation maze of umaze has other walls
         fixed = data | {"kwargs": data["kwargs"] | {"maze_map": UMAZE}}
-    limit = data["max_episode_steps"] or info["longest_episode"]
+    limit = min(x["max_episode_steps"] or info["longest_episode"] for x in (data, fixed or data))
     specs = {"data": data, "fixed": fixed or data}.items()
     environments = {k: {"id": x["id"], "kwargs": x["kwargs"], "max_episode_steps": limit} for k, x in specs}
     low, high = D4RL_SCORES.get(data["id"].partition("-")[0], (0, 100))  # if unknown, the return is the score
@@ -425,7 +427,7 @@ def load(path, device="cpu"):
             raise ValueError("checksum")  # torch.load compares none
         return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:
-        sys.exit(f"error: {path} is missing or unusable ({type(e).__name__}): run the stage that writes it")
+        sys.exit(f"error: {path} is missing or unusable ({e!r:.200}): run the stage that writes it")
 
 
 def open_run(args, about, model, optimizer, device):
@@ -472,10 +474,8 @@ if __name__ == "__main__":
         sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
     device = args.device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = True
-    fixed_t = re.fullmatch(r"t=(0?\.\d+)", args.weight)  # one time T, with weight alpha_T / sigma_T (Section 4.2)
-    t_range = (float(fixed_t[1]), float(fixed_t[1])) if fixed_t else (0.02, 0.98)
-    if not fixed_t and args.weight not in ("sigma2", "one", "alpha_over_sigma") or t_range[0] < 0.001:
-        sys.exit(f"error: --weight {args.weight}: must be sigma2, one, alpha_over_sigma or t=T with 0.001 <= T < 1")
+    if not 0.001 <= args.t_range[0] <= args.t_range[1] <= 1:
+        sys.exit(f"error: --t-range {args.t_range}: must be two times from 0.001 to 1, the smaller first")
     data, info = load_dataset(args.env, args.dataset, args.normalize_obs, device)
     obs, S, A = data["obs"], info["state_dim"], info["action_dim"]
     domain, _, level = args.env.removesuffix("-v2").partition("-")
@@ -496,7 +496,7 @@ if __name__ == "__main__":
         seeds = list(range(args.seed or 0, (args.seed or 0) + (args.num_seeds or 1)))
     if not seeds or not set(seeds) <= set(both):
         sys.exit(f"error: critic and behaviour model share seeds {both}, not {seeds or 'any'}: train both on the same")
-    info |= evaluation((args.dataset or minari_ids(args.env)[0]).split("+")[0], info) | {"sources": sources}
+    info |= evaluation_info((args.dataset or minari_ids(args.env)[0]).split("+")[0], info) | {"sources": sources}
     environment = info["environments"] and args.eval_every and info["environments"][args.eval_env]
     print(f"evaluation in {environment['id']}" if environment else "no evaluation")
     if environment:
@@ -514,8 +514,8 @@ if __name__ == "__main__":
     behavior = BehaviorModel(S, A, len(seeds), artifacts["behavior"]["args"]["predict"]).to(device)
     behavior.load_state_dict(select(artifacts["behavior"], seeds))
     behavior.requires_grad_(False).eval()  # no dropout
-    lr, fast = torch.tensor(args.lr, device=device), {"fused": True, "capturable": device == "cuda"}
-    optimizer = torch.optim.Adam(policy.parameters(), lr=lr, **fast)
+    adam = {"lr": torch.tensor(args.lr, device=device), "fused": True, "capturable": device == "cuda"}
+    optimizer = torch.optim.Adam(policy.parameters(), **adam)
     window = torch.zeros(len(METRICS), R, device=device)  # sums of the metrics since the last log line
     about = {"stage": STAGE, "format": 4, **info, "seeds": [x["seed"] for x in replicas], "args": asdict(args)}
     about |= {"betas": [x["beta"] for x in replicas], "hidden_layers": args.hidden_layers}
@@ -529,7 +529,7 @@ if __name__ == "__main__":
 
     def draw():
         index = torch.randint(len(obs), (R, args.batch_size), device=device)  # with replacement
-        t = torch.empty(R, args.batch_size, 1, device=device).uniform_(*t_range)
+        t = torch.empty(R, args.batch_size, 1, device=device).uniform_(*args.t_range)
         return obs[index], t, torch.randn(R, args.batch_size, A, device=device)
 
     update = make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, start)
@@ -543,8 +543,8 @@ if __name__ == "__main__":
         n = step % args.log_every or args.log_every
         metrics = dict(zip(METRICS, (window / n).tolist()))
         window.zero_()
-        finite = zip(*[x.reshape(R, -1).isfinite().all(dim=1).tolist() for x in policy.state_dict().values()])
-        if bad := [replica for replica, values in zip(replicas, finite) if not all(values)]:
+        finite = torch.stack([x.reshape(R, -1).isfinite().all(dim=1) for x in policy.state_dict().values()]).all(dim=0)
+        if bad := [replica for replica, ok in zip(replicas, finite.tolist()) if not ok]:
             sys.exit(f"error: actor diverged by step {step:,} in {bad}: start again with a lower --lr or --beta")
         bar.set_postfix({name.split("/")[1]: f"{np.mean(x):.3g}" for name, x in metrics.items()}, refresh=False)
         rate = optimizer.param_groups[0]["lr"].item()

@@ -109,7 +109,7 @@ def open_dataset(id):
         dataset[0]  # reads the file
         return dataset
     except Exception as e:
-        sys.exit(f"error: no complete data set {id} ({e!r}): run `{command}`, or elsewhere and copy it to {path}")
+        sys.exit(f"error: no complete data set {id} ({e!r}): run `{command}`, or do so elsewhere and copy it to {path}")
 
 
 def load_dataset(env, dataset, normalize_obs, device):
@@ -160,7 +160,7 @@ def load_dataset(env, dataset, normalize_obs, device):
     mean, std = np.zeros(S, np.float32), np.ones(S, np.float32)
     if normalize_obs or normalize_obs is None and minari_ids(env) == [env]:
         mean, std = (f(data["obs"], axis=0, dtype=np.float64).astype(np.float32) for f in (np.mean, np.std))
-        std[np.ptp(data["obs"], axis=0) == 0] = 1
+        std[std <= 1e-6 * np.abs(mean)] = 1  # constant but for rounding
     for name in ("obs", "next_obs"):
         data[name] -= mean
         data[name] /= std
@@ -242,13 +242,13 @@ def behavior_loss(model, s, a, t, eps):
 
 def make_update(args, model, optimizer, draw, window, start):
     """The training step, a function without arguments; draw() gives minibatch and noise, window sums up the metrics."""
-    done = torch.full((), float(start), device=window.device)  # steps so far
+    steps_done = torch.full((), float(start), device=window.device)  # so far
 
     def update():
         optimizer.zero_grad(set_to_none=True)
         if args.lr_decay:  # cosine to 0
-            optimizer.param_groups[0]["lr"].copy_(args.lr * (1 + torch.cos(torch.pi * done / args.steps)) / 2)
-            done.add_(1)
+            optimizer.param_groups[0]["lr"].copy_(args.lr * (1 + torch.cos(torch.pi * steps_done / args.steps)) / 2)
+            steps_done.add_(1)
         loss, minimised = behavior_loss(model, *draw())
         minimised.sum().backward()  # replicas share no parameters
         optimizer.step()
@@ -282,7 +282,7 @@ def load(path, device="cpu"):
             raise ValueError("checksum")  # torch.load compares none
         return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:
-        sys.exit(f"error: {path} is missing or unusable ({type(e).__name__}): run the stage that writes it")
+        sys.exit(f"error: {path} is missing or unusable ({e!r:.200}): run the stage that writes it")
 
 
 def open_run(args, about, model, optimizer, device):
@@ -327,8 +327,8 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     R, replicas = args.num_seeds, [{"seed": args.seed + r} for r in range(args.num_seeds)]
     model = BehaviorModel(info["state_dim"], info["action_dim"], R, args.predict).to(device)
-    lr, fast = torch.tensor(args.lr, device=device), {"fused": True, "capturable": device == "cuda"}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, **fast)
+    adam = {"lr": torch.tensor(args.lr, device=device), "fused": True, "capturable": device == "cuda"}
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, **adam)
     window = torch.zeros(len(METRICS), R, device=device)  # sums of the metrics since the last log line
     about = {"stage": STAGE, "format": 4, **info, "seeds": [x["seed"] for x in replicas], "args": asdict(args)}
     folder, start = open_run(args, about, model, optimizer, device)
@@ -356,8 +356,8 @@ if __name__ == "__main__":
         n = step % args.log_every or args.log_every
         metrics = dict(zip(METRICS, (window / n).tolist()))
         window.zero_()
-        finite = zip(*[x.reshape(R, -1).isfinite().all(dim=1).tolist() for x in model.state_dict().values()])
-        if bad := [replica for replica, values in zip(replicas, finite) if not all(values)]:
+        finite = torch.stack([x.reshape(R, -1).isfinite().all(dim=1) for x in model.state_dict().values()]).all(dim=0)
+        if bad := [replica for replica, ok in zip(replicas, finite.tolist()) if not ok]:
             sys.exit(f"error: behavior diverged by step {step:,} in {bad}: start again with a lower --lr")
         bar.set_postfix({name.split("/")[1]: f"{np.mean(x):.3g}" for name, x in metrics.items()}, refresh=False)
         rate = optimizer.param_groups[0]["lr"].item()

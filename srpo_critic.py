@@ -112,7 +112,7 @@ def open_dataset(id):
         dataset[0]  # reads the file
         return dataset
     except Exception as e:
-        sys.exit(f"error: no complete data set {id} ({e!r}): run `{command}`, or elsewhere and copy it to {path}")
+        sys.exit(f"error: no complete data set {id} ({e!r}): run `{command}`, or do so elsewhere and copy it to {path}")
 
 
 def load_dataset(env, dataset, normalize_obs, device):
@@ -163,7 +163,7 @@ def load_dataset(env, dataset, normalize_obs, device):
     mean, std = np.zeros(S, np.float32), np.ones(S, np.float32)
     if normalize_obs or normalize_obs is None and minari_ids(env) == [env]:
         mean, std = (f(data["obs"], axis=0, dtype=np.float64).astype(np.float32) for f in (np.mean, np.std))
-        std[np.ptp(data["obs"], axis=0) == 0] = 1
+        std[std <= 1e-6 * np.abs(mean)] = 1  # constant but for rounding
     for name in ("obs", "next_obs"):
         data[name] -= mean
         data[name] /= std
@@ -231,13 +231,13 @@ def critic_loss(critic, s, a, r, s_next, terminal, gamma, expectile):
 
 def make_update(args, critic, optimizer, draw, window, start):
     """The training step, a function without arguments; draw() gives the minibatch, window sums up the metrics."""
-    done = torch.full((), float(start), device=window.device)  # steps so far
+    steps_done = torch.full((), float(start), device=window.device)  # so far
 
     def update():
         optimizer.zero_grad(set_to_none=True)
         if args.lr_decay:  # cosine to 0
-            optimizer.param_groups[0]["lr"].copy_(args.lr * (1 + torch.cos(torch.pi * done / args.steps)) / 2)
-            done.add_(1)
+            optimizer.param_groups[0]["lr"].copy_(args.lr * (1 + torch.cos(torch.pi * steps_done / args.steps)) / 2)
+            steps_done.add_(1)
         v_loss, q_loss, v, q = critic_loss(critic, *draw(), args.gamma, args.expectile)
         (v_loss + q_loss).sum().backward()  # replicas and networks share no parameters, so one backward serves all
         optimizer.step()
@@ -273,7 +273,7 @@ def load(path, device="cpu"):
             raise ValueError("checksum")  # torch.load compares none
         return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:
-        sys.exit(f"error: {path} is missing or unusable ({type(e).__name__}): run the stage that writes it")
+        sys.exit(f"error: {path} is missing or unusable ({e!r:.200}): run the stage that writes it")
 
 
 def open_run(args, about, model, optimizer, device):
@@ -321,8 +321,8 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     R, replicas = args.num_seeds, [{"seed": args.seed + r} for r in range(args.num_seeds)]
     critic = Critic(info["state_dim"], info["action_dim"], R).to(device)
-    lr, fast = torch.tensor(args.lr, device=device), {"fused": True, "capturable": device == "cuda"}
-    optimizer = torch.optim.Adam([p for p in critic.parameters() if p.requires_grad], lr=lr, **fast)
+    adam = {"lr": torch.tensor(args.lr, device=device), "fused": True, "capturable": device == "cuda"}
+    optimizer = torch.optim.Adam([p for p in critic.parameters() if p.requires_grad], **adam)
     window = torch.zeros(len(METRICS), R, device=device)  # sums of the metrics since the last log line
     about = {"stage": STAGE, "format": 4, **info, "seeds": [x["seed"] for x in replicas], "args": asdict(args)}
     folder, start = open_run(args, about, critic, optimizer, device)
@@ -335,7 +335,7 @@ if __name__ == "__main__":
 
     def draw():
         index = torch.randint(len(data["obs"]), (R, args.batch_size), device=device)  # with replacement
-        return [column[index] for column in data.values()]
+        return [data[name][index] for name in ("obs", "action", "reward", "next_obs", "terminal")]
 
     update = make_update(args, critic, optimizer, draw, window, start)
     update = torch.compile(update) if args.compile else update
@@ -348,8 +348,8 @@ if __name__ == "__main__":
         n = step % args.log_every or args.log_every
         metrics = dict(zip(METRICS, (window / n).tolist()))
         window.zero_()
-        finite = zip(*[x.reshape(R, -1).isfinite().all(dim=1).tolist() for x in critic.state_dict().values()])
-        if bad := [replica for replica, values in zip(replicas, finite) if not all(values)]:
+        finite = torch.stack([x.reshape(R, -1).isfinite().all(dim=1) for x in critic.state_dict().values()]).all(dim=0)
+        if bad := [replica for replica, ok in zip(replicas, finite.tolist()) if not ok]:
             sys.exit(f"error: critic diverged by step {step:,} in {bad}: start again with a lower --lr or --expectile")
         bar.set_postfix({name.split("/")[1]: f"{np.mean(x):.3g}" for name, x in metrics.items()}, refresh=False)
         rate = optimizer.param_groups[0]["lr"].item()

@@ -96,13 +96,10 @@ FLAGS = {
     "actor": [
         ("--beta 0", "--beta (0.0,): must be positive"),
         ("--beta 0.1 -0.5", "--beta (0.1, -0.5): must be positive"),
-        ("--weight sigma", "must be sigma2, one, alpha_over_sigma or t=T"),
-        ("--weight t=2", "must be sigma2, one, alpha_over_sigma or t=T"),
-        ("--weight 0.5", "must be sigma2, one, alpha_over_sigma or t=T"),
-        ("--weight t=", "must be sigma2, one, alpha_over_sigma or t=T"),
-        ("--weight t=1e-9", "must be sigma2, one, alpha_over_sigma or t=T"),
-        ("--weight t=0", "must be sigma2, one, alpha_over_sigma or t=T"),
-        ("--weight t=.0001", "must be sigma2, one, alpha_over_sigma or t=T"),
+        ("--t-range 0 1", "--t-range (0.0, 1.0): must be positive"),
+        ("--t-range 0.0001 0.5", "must be two times from 0.001 to 1"),
+        ("--t-range 0.5 1.1", "must be two times from 0.001 to 1"),
+        ("--t-range 0.5 0.4", "the smaller first"),
         ("--eval-every -1", "--eval-every -1: must be positive"),
         ("--eval-workers 0", "--eval-workers 0: must be positive"),
         ("--eval-episodes 0", "--eval-episodes 0: must be positive"),
@@ -235,7 +232,7 @@ def test_bad_input_is_one_line_for_the_shell():
 
 
 def test_bad_input_actor_before_the_other_stages(trained):
-    missing = "is missing or unusable (FileNotFoundError): run the stage that writes it"
+    missing = "is missing or unusable (FileNotFoundError(2, 'No such file or directory')): run the stage that writes it"
     refused(f"runs/test-pendulum-v0/critic.pt {missing}", "srpo_actor.py", *TINY)
     refused(f"runs/test-pendulum-v0/behavior.pt {missing}", "srpo_actor.py", *TINY, "--critic", trained / "critic.pt")
 

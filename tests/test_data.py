@@ -66,7 +66,7 @@ def test_transitions_are_those_recorded(recorded):
     assert (info["state_dim"], info["action_dim"], info["longest_episode"]) == (3, 2, 30) and not info["maze"]
     assert info["action_low"] == [-2, 0] and info["action_high"] == [2, 1]
     assert info["data_outcome"] == pytest.approx(np.mean(returns))
-    assert srpo_actor.evaluation("test/plain-v0", info) == {"environments": None, "reference": None}
+    assert srpo_actor.evaluation_info("test/plain-v0", info) == {"environments": None, "reference": None}
 
 
 def test_only_equal_spaces_are_joined(recorded, data_root):
@@ -257,7 +257,7 @@ def test_success_ends_the_task_in_mazes(maze):
     assert info["maze"] and info["data_outcome"] == pytest.approx(2 / 3)
     assert len(data["obs"]) == 3 + 10 + 10
     assert data["terminal"].nonzero().flatten().tolist() == [2, 12]  # the second success is in the last step
-    facts = srpo_actor.evaluation("test/maze-v0", info)
+    facts = srpo_actor.evaluation_info("test/maze-v0", info)
     assert [e["id"] for e in facts["environments"].values()] == ["PointMaze_UMaze-v3"] * 2
     assert [e["max_episode_steps"] for e in facts["environments"].values()] == [10, 10]
     assert facts["reference"] == (0, 1)
@@ -306,14 +306,14 @@ def test_reference_scores(data_root):
     create("test/hopper-v0", [episode(obs, np.zeros((1, 3), np.float32), [1616.50])], env=env)
     info = load_dataset("test/hopper-v0", None, None, "cpu")[1]
     assert info["data_outcome"] == pytest.approx(1616.50)
-    assert srpo_actor.evaluation("test/hopper-v0", info)["reference"] == (-20.272305, 3234.3)
+    assert srpo_actor.evaluation_info("test/hopper-v0", info)["reference"] == (-20.272305, 3234.3)
     assert srpo_actor.D4RL_SCORES["HalfCheetah"] == (-280.178953, 12135.0)
     assert srpo_actor.D4RL_SCORES["Walker2d"] == (1.629008, 4592.3)
     scores = {"ref_min_score": -1.0, "ref_max_score": 3.0}  # the data's own come first
     create("test/scored-v0", [episode(obs, np.zeros((1, 3), np.float32), [1.0])], env=env, **scores)
-    assert srpo_actor.evaluation("test/scored-v0", info)["reference"] == (-1, 3)
+    assert srpo_actor.evaluation_info("test/scored-v0", info)["reference"] == (-1, 3)
     info = load_dataset("test/pendulum-v0", None, None, "cpu")[1]
-    assert srpo_actor.evaluation("test/pendulum-v0", info)["reference"] == (0, 100)  # the return is the score
+    assert srpo_actor.evaluation_info("test/pendulum-v0", info)["reference"] == (0, 100)  # the return is the score
 
 
 TABLE_2 = """
@@ -445,7 +445,7 @@ def test_d4rl_files_become_sets_with_d4rl_s_transitions(ends, dtype, shape, tmp_
     lost = sum("timeout" in end for end in ends) + ("timeout" not in ends[-1])
     assert len(data["obs"]) == sum(lengths) - lost and info["state_dim"] == 11
     hopper = {"id": "Hopper-v5", "kwargs": {}, "max_episode_steps": 1000}
-    facts = srpo_actor.evaluation("D4RL/hopper/medium-replay-v2", info)
+    facts = srpo_actor.evaluation_info("D4RL/hopper/medium-replay-v2", info)
     assert facts == {"environments": {"data": hopper, "fixed": hopper}, "reference": (-20.272305, 3234.3)}
     with pytest.raises(SystemExit, match="error: .* already: run `minari delete D4RL/hopper/medium-replay-v2`"):
         run_here("examples/import_d4rl.py", path)
@@ -466,7 +466,7 @@ def test_ids_of_imported_sets(tmp_path, own_root, capsys):
     for name, id in ("x", "mine/robot-v0"), ("hopper_medium", "mine/hops-v3"):
         assert imported(f"{name}.hdf5", id, capsys, "--id", id) == ["--env", id]
         _, info = same_as_loop(path, id)
-        environments = srpo_actor.evaluation(id, info)["environments"]
+        environments = srpo_actor.evaluation_info(id, info)["environments"]
         assert environments is None if name == "x" else environments["data"]["id"] == "Hopper-v5"
     id = "D4RL/hopper/medium-replay-v2"
     assert imported("x.hdf5", id, capsys, "--id", id) == ["--env", "hopper-medium-replay"]
@@ -489,7 +489,7 @@ EXCERPTS = Path(os.environ.get("D4RL_FILES", ROOT.parent / "shared" / "data" / "
 def test_excerpts_of_original_files(file, id, robot, size, own_root, capsys):
     flags = imported(EXCERPTS / f"{file}.hdf5", id, capsys)
     data, info = same_as_loop(EXCERPTS / f"{file}.hdf5", *flags[1::2])
-    facts = srpo_actor.evaluation(id, info)
+    facts = srpo_actor.evaluation_info(id, info)
     assert len(data["obs"]) == size and facts["environments"]["fixed"]["id"] == f"{robot}-v5"
     assert facts["reference"] == srpo_actor.D4RL_SCORES[robot]
     run_here("srpo_critic.py", *flags, "--steps", 4, "--batch-size", 8, "--log-every", 2)  # the command that it prints
@@ -639,7 +639,7 @@ def environments(own_root):
     def environments(data, fixed):
         metadata = {"env_spec": json.dumps(data)} | ({"eval_env_spec": json.dumps(fixed)} if fixed else {})
         (own_root / "some/maze-v0/data/metadata.json").write_text(json.dumps(metadata))
-        return srpo_actor.evaluation("some/maze-v0", {"maze": True, "longest_episode": 33})["environments"]
+        return srpo_actor.evaluation_info("some/maze-v0", {"maze": True, "longest_episode": 33})["environments"]
 
     return environments
 
@@ -659,6 +659,8 @@ def test_evaluation_is_from_one_corner_to_the_other(environments):
     fixed = recorded_in("PointMaze_Medium-v3", maze_map=ONE_WAY)
     longer = environments(recorded, fixed | {"max_episode_steps": 700})  # never longer than the recording
     assert longer == {"data": three(recorded), "fixed": three(fixed)}
+    recorded_long = recorded | {"max_episode_steps": 1_000_000}  # as in Minari's point mazes
+    assert [x["max_episode_steps"] for x in environments(recorded_long, fixed).values()] == [70, 70]
     assert environments(recorded, None) == {"data": three(recorded), "fixed": three(recorded)}
     own = recorded_in("PointMaze_UMaze-v3", maze_map=ONE_WAY)  # the usual way to name a maze of one's own
     assert environments(own, None) == {"data": three(own), "fixed": three(own)}

@@ -89,15 +89,18 @@ def test_run_sh_hands_the_flags_on(tmp_path):
     demo = called(tmp_path, "bash", "run.sh", ACTOR="--beta 0.3")
     assert demo[3].startswith("srpo_actor.py --env local/pointmaze-demo-v0") and demo[3].endswith("--beta 0.3")
     small = called(
-        tmp_path, "bash", "run.sh", "--small", "hopper-medium", "--track", BEHAVIOR="--steps 5", EVAL="--latency"
+        tmp_path, "bash", "run.sh", "--small", "hopper-medium", "--lr", "9", BEHAVIOR="--steps 5", EVAL="--latency"
     )
-    assert all("--env hopper-medium --num-seeds 3 --track" in call for call in small[:3])
-    assert "--lr-decay" in small[0] and "--predict v" in small[1] and small[1].endswith("--steps 5")
+    for call in small[:3]:  # flags come after the recipe's, of which tyro takes the last
+        assert call.index("--env hopper-medium ") < call.index("--lr 1e-3") < call.index("--lr 9")
+    assert "--num-seeds 3" in small[0] and "--num-seeds 3" in small[1]
+    assert "--lr-decay" in small[0] and "--predict v" in small[1] and small[1].endswith("--lr 9 --steps 5")
     assert small[3].startswith("eval.py --env hopper-medium --policy srpo") and small[3].endswith("--latency")
     maze = called(tmp_path, "bash", "run.sh", "--small", "antmaze-umaze")
     assert maze[1] != small[1].replace("hopper-medium", "antmaze-umaze") and "--env antmaze-umaze" in maze[1]
-    done = subprocess.run(["bash", ROOT / "run.sh", "--num-seeds", "6"], capture_output=True, text=True)
-    assert done.returncode != 0 and "the task comes first" in done.stderr
+    for flags in (["--num-seeds", "6"], ["--small"]):
+        done = subprocess.run(["bash", ROOT / "run.sh", *flags], capture_output=True, text=True)
+        assert done.returncode != 0 and "the task comes first" in done.stderr
 
 
 def test_the_sweep_is_table_1(tmp_path):

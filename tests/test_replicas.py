@@ -280,4 +280,4 @@ def test_minibatches_are_rows_of_the_data_and_differ_between_replicas(trained):
     flags = "--eval-every", 0, "--critic", trained / "critic.pt", "--behavior", trained / "behavior.pt"
     flags += "--seed", 1, "--beta", 0.1, 0.2, 0.3
     check_noise(*drawn("actor", *flags)[1][1:])
-    assert (drawn("actor", *flags, "--weight", "t=0.3")[1][1] == 0.3).all()
+    assert (drawn("actor", *flags, "--t-range", 0.3, 0.3)[1][1] == 0.3).all()
