@@ -111,7 +111,7 @@ def test_actions_outside_the_bounds_are_clipped_and_counted(data_root, capsys):
     data, _ = load_dataset("test/too-large-v0", None, None, "cpu")
     expected = [[0, 0], [1, 1], [1, 0], [-1, 1], [0.5, -1]]
     np.testing.assert_allclose(data["action"], expected, atol=1e-6)
-    assert "1 episodes, mean return 0.00, 5 transitions, 3 of their actions clipped" in capsys.readouterr().out
+    assert "1 episodes, mean return 0.00, 5 transitions, 3 actions clipped" in capsys.readouterr().out
 
 
 def test_normalisation_is_by_mean_and_deviation_of_the_states(recorded):
