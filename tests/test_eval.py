@@ -272,7 +272,7 @@ def test_bad_input_networks_of_another_training(trained, tmp_path, capsys):
         torch.save(artifact, tmp_path / "runs" / "other" / f"{stage}.pt")
     with pytest.raises(SystemExit) as e:
         run_here("eval.py", "--env", "test/pendulum-v0", "--run-name", "other", "--policy", "idql")
-    assert "behavior.pt changed since the actor was trained: run srpo_actor.py --env test/pendulum-v0" in e.value.code and "\n" not in e.value.code
+    assert "behavior.pt changed since the actor was trained" in e.value.code and "\n" not in e.value.code
 
 
 # ---- latency, ways, video
