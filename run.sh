@@ -26,7 +26,8 @@ elif [[ $1 == --small ]]; then
     EVAL="--policy srpo behavior ${EVAL:-}"
 fi
 
-env=${1:-} env=${env#--env=} # as a sweep names it
+env=${1:-}
+env=${env#--env=} # as a sweep names it
 if [[ $env == -* || -z $env ]]; then
     echo "error: the task comes first: bash run.sh [--small] TASK [flags]" >&2
     exit 1

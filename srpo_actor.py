@@ -482,7 +482,7 @@ if __name__ == "__main__":
     args.beta = tuple(dict.fromkeys(args.beta)) or (BETAS.get(domain, {}).get(level, 0.05),)
     args.q_grad_norm = args.q_grad_norm or ("rms" if info["maze"] else "none")
     args.hidden_layers = args.hidden_layers or (4 if info["maze"] else 2)
-    print(f"{args.steps:,} of {args.batch_size} on {device}: {args.beta=}, {args.q_grad_norm=}, {args.hidden_layers=}")
+    print(f"{args.steps:,} x {args.batch_size} on {device}: {args.beta=}, {args.q_grad_norm=}, {args.hidden_layers=}")
     artifacts, sources = {}, {}
     for stage in ("critic", "behavior"):
         path = getattr(args, stage) or Path(args.out_dir, args.run_name or args.env.replace("/", "-"), f"{stage}.pt")

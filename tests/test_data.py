@@ -125,6 +125,16 @@ def test_normalisation_is_by_mean_and_deviation_of_the_states(recorded):
     np.testing.assert_allclose(data["next_obs"], (following - mean) / std, rtol=1e-4, atol=1e-5)  # of the same numbers
 
 
+def test_a_dimension_constant_but_for_rounding_is_not_divided(data_root):
+    obs = np.ones((11, 3), np.float32)
+    obs[5, 0], obs[:, 1] = np.nextafter(np.float32(1), np.float32(2)), np.arange(11)
+    spaces = {"observation_space": BOX, "action_space": ACTION}
+    actions = np.zeros((10, *ACTION.shape), np.float32)
+    create("test/rounding-v0", [episode(obs, actions, np.arange(10.0))], **spaces)
+    info = load_dataset("test/rounding-v0", None, True, "cpu")[1]
+    assert info["obs_std"] == [1, pytest.approx(np.arange(10).std()), 1]
+
+
 @pytest.mark.parametrize(
     "env, flag, on",
     [
