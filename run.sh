@@ -19,7 +19,7 @@ if (($# == 0)); then
 elif [[ $1 == --small ]]; then
     shift
     steps=15000 beta=0.02
-    [[ ${1:-} == *antmaze* ]] && steps=60000 beta=0.01 # the ant's behaviour model needs more
+    [[ ${1:-} == *antmaze* ]] && steps=40000 beta=0.01 # the ant's behaviour model needs more
     critic="--num-seeds 3 --steps 60000 --lr 1e-3 --lr-decay"
     behavior="--num-seeds 3 --steps $steps --batch-size 128 --lr 1e-3 --lr-decay --predict v"
     actor="--steps 10000 --lr 1e-3 --beta $beta --eval-every 5000"
