@@ -482,6 +482,21 @@ def test_time_picture_puts_scores_against_measured_times():
     assert plot.plot_time(SCORES | {"sampler_steps": 10}, {"device": "CPU", "rows": rows}) is None  # nor was this
 
 
+def test_samples_picture_has_a_line_per_prediction(tmp_path):
+    from examples.plot_samples import draw, gather
+
+    for predict, steps, score in ("eps", 20, 10.0), ("v", 20, 30.0), ("v", 5, 20.0):
+        folder = tmp_path / f"{predict}-{steps}"
+        folder.mkdir()
+        flags = {"predict": predict, "steps": steps, "batch_size": 100_000}
+        torch.save({"stage": "behavior", "format": 4, "args": flags}, folder / "behavior.pt")
+        rows = [{"policy": "srpo", "score_mean": score, "score_std": 1.0}, SUMMARY[-1]]
+        (folder / "eval.json").write_text(json.dumps(SCORES | {"summary": rows}))
+    ax = draw(*gather(sorted(tmp_path.iterdir()))).axes[0]
+    drawn = {line.get_label(): line[0].get_xydata().tolist() for line in ax.containers}
+    assert drawn == {"--predict eps": [[2, 10]], "--predict v": [[0.5, 20], [2, 30]]}
+
+
 def test_maze_picture_has_a_panel_per_policy():
     """Of each the first seed and beta, and only what was found in it."""
     kinds = [("srpo", None, 0, 0.1), ("srpo", None, 1, 0.1), ("srpo", None, 0, 0.5), ("idql", 32, 0, None)]

@@ -1,0 +1,61 @@
+"""Draw score against the number of samples that trained the behavior model, a line for each value of --predict.
+
+    python examples/plot_samples.py --run runs/walker2d-*    # reads behavior.pt and eval.json, writes runs/samples.png
+
+A sample is one transition of one minibatch: a run has steps x batch size of them.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from eval import load_artifact
+from plot import COLORS
+
+
+@dataclass
+class Args:
+    run: tuple[Path, ...]
+    """folders of scored runs, each with a behaviour model of its own"""
+    out_dir: Path = Path("runs")
+    """folder of the picture"""
+
+
+def gather(folders):
+    """What the network predicts -> rows of (samples, SRPO's mean score, its standard deviation); the last eval.json."""
+    lines, scores = {}, {}
+    for folder in folders:
+        flags = load_artifact(folder / "behavior.pt", "behavior")["args"]
+        scores = json.loads((folder / "eval.json").read_text())
+        for row in scores["summary"]:
+            if row["policy"] == "srpo":
+                point = flags["steps"] * flags["batch_size"], row["score_mean"], row["score_std"]
+                lines.setdefault(flags["predict"], []).append(point)
+    return {predict: sorted(lines[predict]) for predict in sorted(lines)}, scores
+
+
+def draw(lines, scores):
+    figure, ax = plt.subplots(figsize=(4.8, 3.6))
+    for color, (predict, points) in zip(COLORS, lines.items()):
+        samples, mean, std = np.array(points).T
+        ax.errorbar(samples / 1e6, mean, std, color=color, marker="o", capsize=3, label=f"--predict {predict}")
+    ax.axhline(scores["data_score"], color="black", linestyle=":", label="data")
+    ticks = sorted({point[0] / 1e6 for points in lines.values() for point in points})
+    ax.set(xscale="log", xlabel="samples that trained the behavior model (millions)", title=f"SRPO, {scores['env']}")
+    ax.set_xticks(ticks, [f"{x:.2g}" for x in ticks])
+    ax.minorticks_off()
+    ax.set_ylabel(f"score, {scores['episodes']} episodes per seed")
+    ax.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    draw(*gather(args.run)).savefig(args.out_dir / "samples.png")
+    print(f"saved {args.out_dir / 'samples.png'}")
