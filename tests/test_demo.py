@@ -98,6 +98,7 @@ def test_run_sh_hands_the_flags_on(tmp_path):
     assert small[3].startswith("eval.py --env hopper-medium --policy srpo") and small[3].endswith("--latency")
     maze = called(tmp_path, "bash", "run.sh", "--small", "antmaze-umaze")
     assert maze[1] != small[1].replace("hopper-medium", "antmaze-umaze") and "--env antmaze-umaze" in maze[1]
+    assert "--gamma 0.997 --tau 0.05" in maze[0] and "--gamma" not in small[0]
     for flags in (["--num-seeds", "6"], ["--small"]):
         done = subprocess.run(["bash", ROOT / "run.sh", *flags], capture_output=True, text=True)
         assert done.returncode != 0 and "the task comes first" in done.stderr
