@@ -1,8 +1,8 @@
-"""Draw score against the number of samples that trained the behavior model, a line for each value of --predict.
+"""Draw score against the number of samples that trained the behaviour model, a line for each value of --predict.
 
-    python examples/plot_samples.py --run runs/walker2d-*    # reads behavior.pt and eval.json, writes runs/samples.png
+    python examples/plot_samples.py --run runs/walker2d-eps-* runs/walker2d-v-*    # writes runs/samples.png
 
-A sample is one transition of one minibatch: a run has steps x batch size of them.
+It reads each run's artifacts and eval.json. A sample is one transition of one minibatch: a run has steps x batch size.
 """
 
 import json
@@ -22,7 +22,7 @@ from plot import COLORS
 @dataclass
 class Args:
     run: tuple[Path, ...]
-    """folders of scored runs, each with a behaviour model of its own"""
+    """folders of scored runs of one task, which differ in their behaviour models"""
     out_dir: Path = Path("runs")
     """folder of the picture"""
 
@@ -31,12 +31,14 @@ def gather(folders):
     """What the network predicts -> rows of (samples, SRPO's mean score, its standard deviation); the last eval.json."""
     lines, scores = {}, {}
     for folder in folders:
-        flags = load_artifact(folder / "behavior.pt", "behavior")["args"]
+        path = load_artifact(folder / "actor.pt", "actor")["args"]["behavior"] or folder / "behavior.pt"
+        flags = load_artifact(path, "behavior")["args"]
         scores = json.loads((folder / "eval.json").read_text())
-        for row in scores["summary"]:
-            if row["policy"] == "srpo":
-                point = flags["steps"] * flags["batch_size"], row["score_mean"], row["score_std"]
-                lines.setdefault(flags["predict"], []).append(point)
+        rows = [row for row in scores["summary"] if row["policy"] == "srpo"]
+        if len(rows) != 1:
+            sys.exit(f"error: {folder}/eval.json has {len(rows)} betas of SRPO, not 1: train and score one beta")
+        point = flags["steps"] * flags["batch_size"], rows[0]["score_mean"], rows[0]["score_std"]
+        lines.setdefault(flags["predict"], []).append(point)
     return {predict: sorted(lines[predict]) for predict in sorted(lines)}, scores
 
 
@@ -47,8 +49,8 @@ def draw(lines, scores):
         ax.errorbar(samples / 1e6, mean, std, color=color, marker="o", capsize=3, label=f"--predict {predict}")
     ax.axhline(scores["data_score"], color="black", linestyle=":", label="data")
     ticks = sorted({point[0] / 1e6 for points in lines.values() for point in points})
-    ax.set(xscale="log", xlabel="samples that trained the behavior model (millions)", title=f"SRPO, {scores['env']}")
-    ax.set_xticks(ticks, [f"{x:.2g}" for x in ticks])
+    ax.set(xscale="log", xlabel="samples that trained the behaviour model (millions)", title=f"SRPO, {scores['env']}")
+    ax.set_xticks(ticks, [f"{x:.4g}" for x in ticks])
     ax.minorticks_off()
     ax.set_ylabel(f"score, {scores['episodes']} episodes per seed")
     ax.legend()

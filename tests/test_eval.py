@@ -490,11 +490,16 @@ def test_samples_picture_has_a_line_per_prediction(tmp_path):
         folder.mkdir()
         flags = {"predict": predict, "steps": steps, "batch_size": 100_000}
         torch.save({"stage": "behavior", "format": 4, "args": flags}, folder / "behavior.pt")
+        torch.save({"stage": "actor", "format": 4, "args": {"behavior": None}}, folder / "actor.pt")
         rows = [{"policy": "srpo", "score_mean": score, "score_std": 1.0}, SUMMARY[-1]]
         (folder / "eval.json").write_text(json.dumps(SCORES | {"summary": rows}))
     ax = draw(*gather(sorted(tmp_path.iterdir()))).axes[0]
     drawn = {line.get_label(): line[0].get_xydata().tolist() for line in ax.containers}
     assert drawn == {"--predict eps": [[2, 10]], "--predict v": [[0.5, 20], [2, 30]]}
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0.5", "2"]
+    (folder / "eval.json").write_text(json.dumps(SCORES))
+    with pytest.raises(SystemExit, match="2 betas of SRPO"):
+        gather([folder])
 
 
 def test_maze_picture_has_a_panel_per_policy():
