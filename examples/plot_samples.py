@@ -50,7 +50,7 @@ def draw(lines, scores):
     ax.axhline(scores["data_score"], color="black", linestyle=":", label="data")
     ticks = sorted({point[0] / 1e6 for points in lines.values() for point in points})
     ax.set(xscale="log", xlabel="samples that trained the behaviour model (millions)", title=f"SRPO, {scores['env']}")
-    ax.set_xticks(ticks, [f"{x:.4g}" for x in ticks])
+    ax.set_xticks(ticks, [f"{round(x, 2):g}" for x in ticks])
     ax.minorticks_off()
     ax.set_ylabel(f"score, {scores['episodes']} episodes per seed")
     ax.legend()
