@@ -13,9 +13,9 @@ if (($# == 0)); then
     python examples/collect_pointmaze.py
     set -- local/pointmaze-demo-v0
     # a large tau propagates values in few steps
-    critic="--steps 40000 --batch-size 128 --lr 1e-3 --lr-decay --tau 0.02"
-    behavior="--steps 3000 --batch-size 128 --lr 1e-3 --lr-decay --predict v"
-    actor="--steps 4000 --batch-size 128 --lr 1e-3 --beta 0.1 --eval-every 4000"
+    critic="--steps 10000 --batch-size 128 --lr 1e-3 --lr-decay --tau 0.05"
+    behavior="--steps 2000 --batch-size 128 --lr 1e-3 --lr-decay --predict v"
+    actor="--steps 3000 --batch-size 128 --lr 1e-3 --beta 0.1 --eval-every 3000"
 elif [[ $1 == --small ]]; then
     shift
     steps=15000 beta=0.02 horizon=""

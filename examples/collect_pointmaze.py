@@ -1,11 +1,11 @@
-"""Make the demo's data set, local/pointmaze-demo-v0, without any download: a point mass that has a goal in a maze.
+"""Make the demo's data set, local/pointmaze-demo-v0, without any download: a point mass in a maze, with a goal.
 
     python examples/collect_pointmaze.py
 
 The recipe for data of your own: one EpisodeBuffer per episode, then minari.create_dataset_from_buffers. The layout is
 that of Minari's own mazes: dictionary observations that hold the goal, a task that goes on after success and never
-terminates. Three episodes of ten steer to the goal; the others go somewhere else or wander from cell to cell, and
-reach the goal at best by chance. To do better than these data, a policy must prefer the actions that lead to its goal.
+terminates. The recorded controller knows nothing of the goal: it wanders from cell to cell and passes the goal by
+chance. To do better than these data, a policy must prefer the actions that lead to the goal.
 """
 
 import collections
@@ -28,20 +28,20 @@ from minari.data_collector import EpisodeBuffer
 class Args:
     dataset: str = "local/pointmaze-demo-v0"
     """Minari id of the new data set"""
-    episodes: int = 3000
+    episodes: int = 1500
     """episodes to record"""
     seed: int = 0
     """first episode's seed"""
 
 
-MAZE = [  # the walls of PointMaze_Medium (1); an episode starts at any r and has its goal at the g
+MAZE = [  # almost PointMaze_Medium's walls (1); an episode starts at any r and has its goal at the g
     [1, 1, 1, 1, 1, 1, 1, 1],
     [1, "r", "r", 1, 1, "r", "r", 1],
     [1, "r", "r", 1, "r", "r", "r", 1],
-    [1, 1, "r", "g", "r", 1, 1, 1],
+    [1, 1, "r", "r", "g", 1, 1, 1],
     [1, "r", "r", 1, "r", "r", "r", 1],
     [1, "r", 1, "r", "r", 1, "r", 1],
-    [1, "r", "r", "r", 1, "r", "r", 1],
+    [1, "r", "r", "r", 1, 1, "r", 1],
     [1, 1, 1, 1, 1, 1, 1, 1],
 ]
 
@@ -51,7 +51,7 @@ def make_env():
         import gymnasium_robotics
     gym.register_envs(gymnasium_robotics)
     kwargs = {"maze_map": MAZE, "continuing_task": True, "reset_target": False}
-    return gym.make("PointMaze_Medium-v3", max_episode_steps=300, **kwargs)
+    return gym.make("PointMaze_Medium-v3", max_episode_steps=200, **kwargs)
 
 
 def next_cells(maze_map, target):
@@ -67,32 +67,21 @@ def next_cells(maze_map, target):
 
 
 def record_episode(env, seed):
-    """One episode of 300 steps, as (EpisodeBuffer, whether it reached its goal)."""
+    """One episode of 200 steps, as (EpisodeBuffer, whether it reached its goal)."""
     rng = np.random.default_rng(seed)
     maze = env.unwrapped.maze
     free = [(i, j) for i, row in enumerate(maze.maze_map) for j, wall in enumerate(row) if wall != 1]
-
-    def cell(xy):
-        return tuple(maze.cell_xy_to_rowcol(xy).tolist())
-
-    def random_cell():
-        return free[rng.integers(len(free))]
-
     obs, _ = env.reset(seed=seed)
-    kind = rng.choice(["to the goal", "elsewhere", "wandering"], p=[0.3, 0.5, 0.2])
-    target = cell(obs["desired_goal"]) if kind == "to the goal" else random_cell()
-    nearer = next_cells(maze.maze_map, target)
-    observations, actions, rewards, truncated, success = [obs], [], [], False, False
+    observations, actions, rewards, truncated, success, target = [obs], [], [], False, False, None
     while not truncated:
-        here = cell(obs["achieved_goal"])
-        if here == target and kind == "wandering":
-            target = random_cell()
+        here = tuple(maze.cell_xy_to_rowcol(obs["achieved_goal"]).tolist())
+        if target in (None, here):
+            target = free[rng.integers(len(free))]
             nearer = next_cells(maze.maze_map, target)
-        waypoint = maze.cell_rowcol_to_xy(np.array(nearer[here]))
-        if here == target and kind == "to the goal":
-            waypoint = obs["desired_goal"]
-        way, velocity = waypoint - obs["achieved_goal"], obs["observation"][2:]
-        action = 10 * way - 3 * velocity + 0.5 * rng.standard_normal(2)
+        if len(actions) % 10 == 0:  # noise that lasts ten steps, so that the data reach the walls, and leave them
+            noise = 3 * rng.standard_normal(2)
+        way = maze.cell_rowcol_to_xy(np.array(nearer[here])) - obs["achieved_goal"]
+        action = 10 * way - 3 * obs["observation"][2:] + noise
         actions.append(np.clip(action, -1, 1).astype(np.float32))
         obs, reward, _, truncated, info = env.step(actions[-1])
         observations.append(obs)
@@ -134,8 +123,8 @@ if __name__ == "__main__":
             args.dataset,
             list(buffers),
             env=make_env(),
-            algorithm_name="waypoint controller, 70% of the episodes with another target",
-            description="A point mass in a maze; three episodes of ten steer to its goal.",
+            algorithm_name="waypoint controller with random targets",
+            description="A point mass that wanders in a maze.",
         )
     steps = sum(len(buffer.rewards) for buffer in buffers)
     print(f"{args.dataset}: {len(buffers):,} episodes, {steps:,} steps, {time.time() - start:.0f} s")

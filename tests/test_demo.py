@@ -44,15 +44,15 @@ def environ(data):
 
 def test_the_demo_s_data_have_the_layout_of_minaris_mazes(data_root):
     done = run("examples/collect_pointmaze.py", "--dataset", "test/collected-v0", "--episodes", 60)
-    assert "60 episodes, 18,000 steps" in done.stdout
+    assert "60 episodes, 12,000 steps" in done.stdout
     data = minari.load_dataset("test/collected-v0")
-    assert data.env_spec.id == "PointMaze_Medium-v3" and data.env_spec.max_episode_steps == 300
+    assert data.env_spec.id == "PointMaze_Medium-v3" and data.env_spec.max_episode_steps == 200
     assert data.env_spec.kwargs["continuing_task"] and not data.env_spec.kwargs["reset_target"]
     successes = []
     for episode in data:
         assert set(episode.observations) == {"achieved_goal", "desired_goal", "observation"}
-        assert len(episode.actions) == len(episode.rewards) == 300 and len(episode.observations["observation"]) == 301
-        assert not episode.terminations.any() and episode.truncations.nonzero()[0].tolist() == [299]
+        assert len(episode.actions) == len(episode.rewards) == 200 and len(episode.observations["observation"]) == 201
+        assert not episode.terminations.any() and episode.truncations.nonzero()[0].tolist() == [199]
         distance = np.linalg.norm(episode.observations["achieved_goal"] - episode.observations["desired_goal"], axis=1)
         np.testing.assert_array_equal(episode.rewards, distance[1:] <= 0.45)
         successes.append(episode.rewards.any())
