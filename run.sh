@@ -12,8 +12,7 @@ critic="" behavior="" actor="" # a recipe's flags, which those of the command li
 if (($# == 0)); then
     python examples/collect_pointmaze.py
     set -- local/pointmaze-demo-v0
-    # a large tau propagates values in few steps
-    critic="--steps 10000 --batch-size 128 --lr 1e-3 --lr-decay --tau 0.05"
+    critic="--steps 15000 --batch-size 128 --lr 1e-3 --lr-decay --tau 0.05" # a large tau: values propagate in few steps
     behavior="--steps 2000 --batch-size 128 --lr 1e-3 --lr-decay --predict v"
     actor="--steps 3000 --batch-size 128 --lr 1e-3 --beta 0.1 --eval-every 3000"
 elif [[ $1 == --small ]]; then
