@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The three stages and eval.py in order.
-#   bash run.sh                              the demo: makes its own data, five to ten minutes on 2 CPU cores
+#   bash run.sh                              the demo: makes its own data, about four minutes on 2 CPU cores
 #   bash run.sh hopper-medium --num-seeds 6  a task with the paper's settings, for a GPU; the flags go to all three stages
 #   bash run.sh --small hopper-medium        a task on a small budget, for a CPU
 # CRITIC, BEHAVIOR, ACTOR and EVAL may hold flags for one script alone: ACTOR="--beta 0.01 0.05" bash run.sh hopper-medium
@@ -14,7 +14,7 @@ if (($# == 0)); then
     set -- local/pointmaze-demo-v0
     critic="--steps 15000 --batch-size 128 --lr 1e-3 --lr-decay --tau 0.05" # a large tau: values propagate in few steps
     behavior="--steps 2000 --batch-size 128 --lr 1e-3 --lr-decay --predict v"
-    actor="--steps 3000 --batch-size 128 --lr 1e-3 --beta 0.1 --eval-every 3000"
+    actor="--steps 3000 --batch-size 128 --lr 1e-3 --beta 0.1 --eval-every 1000"
 elif [[ $1 == --small ]]; then
     shift
     steps=15000 beta=0.02 horizon=""

@@ -56,7 +56,7 @@ def test_the_demo_s_data_have_the_layout_of_minaris_mazes(data_root):
         distance = np.linalg.norm(episode.observations["achieved_goal"] - episode.observations["desired_goal"], axis=1)
         np.testing.assert_array_equal(episode.rewards, distance[1:] <= 0.45)
         successes.append(episode.rewards.any())
-    assert 0.2 < np.mean(successes) < 0.7
+    assert 0.25 < np.mean(successes) < 0.7
     _, info = load_dataset("test/collected-v0", None, None, "cpu")
     assert info["maze"] and info["data_outcome"] == pytest.approx(np.mean(successes))
     assert "is there already" in run("examples/collect_pointmaze.py", "--dataset", "test/collected-v0").stdout
@@ -148,10 +148,10 @@ def test_readme_s_commands_know_their_flags():
 
 @pytest.mark.slow
 def test_the_demo_beats_its_data(tmp_path):
-    """bash run.sh in a copy of the project: at least 90% success, 20 points above the data."""
+    """bash run.sh in a copy of the project: at least 90% success, where the data have about 47%."""
     copy = tmp_path / "project"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "data"))
     subprocess.run(["bash", "run.sh"], cwd=copy, env=environ(tmp_path / "data"), check=True)
     result = json.loads((copy / "runs" / "local-pointmaze-demo-v0" / "eval.json").read_text())
     assert result["episodes"] == 100
-    assert result["summary"][0]["score_mean"] >= max(90, result["data_score"] + 20)
+    assert result["data_score"] < 70 and result["summary"][0]["score_mean"] >= 90
