@@ -56,7 +56,7 @@ class Args:
     workers: int = os.cpu_count()
     """number of processes that evaluate"""
     eval_env: Literal["fixed", "data"] | None = None
-    """in mazes: fixed start and goal, or random ones as in the data (default: as in the actor's training)"""
+    """in mazes: start and goal of the data set's evaluation environment, or of the data (default: the actor's)"""
     latency: bool = False
     """measure the time and FLOPs of an action"""
     device: Literal["auto", "cuda", "cpu"] = "auto"

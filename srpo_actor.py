@@ -78,7 +78,7 @@ class Args:
     eval_workers: int = os.cpu_count()
     """number of processes that evaluate"""
     eval_env: Literal["fixed", "data"] = "fixed"
-    """in mazes: fixed start and goal as in D4RL, or random ones as in the data"""
+    """in mazes: start and goal of the data set's evaluation environment (if it has one), or those of the data"""
     normalize_obs: tyro.conf.DisallowNone[bool | None] = None
     """standardise observations (default: off for D4RL's task names, as in the paper, and on for other data)"""
     device: Literal["auto", "cuda", "cpu"] = "auto"

@@ -34,7 +34,7 @@ class Args:
     """first episode's seed"""
 
 
-MAZE = [  # walls (1), as in PointMaze_Medium but for two cells; an episode starts near an r and has its goal near the g
+MAZE = [  # walls (1); an episode starts near an r and has its goal near the g
     [1, 1, 1, 1, 1, 1, 1, 1],
     [1, "r", "r", 1, 1, "r", "r", 1],
     [1, "r", "r", 1, "r", "r", "r", 1],
@@ -79,7 +79,7 @@ def record_episode(env, seed):
         if target in (None, here):
             target = free[rng.integers(len(free))]
             nearer = next_cells(maze.maze_map, target)
-        if len(actions) % 10 == 0:  # lasts ten steps, and so reaches the walls too
+        if len(actions) % 10 == 0:  # for ten steps: short noise would not reach the walls
             noise = 3 * rng.standard_normal(2)
         way = maze.cell_rowcol_to_xy(np.array(nearer[here])) - obs["achieved_goal"]
         action = 10 * way - 3 * obs["observation"][2:] + noise
