@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import minari
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from conftest import ROOT, run
 import srpo_actor
 import srpo_behavior
 import srpo_critic
+from examples.collect_pointmaze import make_env, record_episode
 from srpo_critic import load_dataset
 
 LEVELS, MAZES = (
@@ -60,6 +62,14 @@ def test_the_demo_s_data_have_the_layout_of_minaris_mazes(data_root):
     _, info = load_dataset("test/collected-v0", None, None, "cpu")
     assert info["maze"] and info["data_outcome"] == pytest.approx(np.mean(successes))
     assert "is there already" in run("examples/collect_pointmaze.py", "--dataset", "test/collected-v0").stdout
+
+
+def test_the_demo_s_controller_ignores_the_goal():
+    env = make_env()
+    moved = gym.wrappers.TransformObservation(env, lambda obs: obs | {"desired_goal": -obs["desired_goal"]}, None)
+    one, two = record_episode(env, 0), record_episode(moved, 0)
+    assert (one.observations["desired_goal"] == -two.observations["desired_goal"]).all()
+    np.testing.assert_array_equal(one.actions, two.actions)
 
 
 def called(tmp_path, *command, **env):
