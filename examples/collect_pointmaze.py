@@ -79,7 +79,7 @@ def record_episode(env, seed):
         if target in (None, here):
             target = free[rng.integers(len(free))]
             nearer = next_cells(maze.maze_map, target)
-        if len(actions) % 10 == 0:  # for ten steps: short noise would not reach the walls
+        if len(actions) % 10 == 0:  # held for ten steps: shorter noise would not reach the walls
             noise = 3 * rng.standard_normal(2)
         way = maze.cell_rowcol_to_xy(np.array(nearer[here])) - obs["achieved_goal"]
         action = 10 * way - 3 * obs["observation"][2:] + noise
