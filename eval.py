@@ -9,6 +9,7 @@ idql (Hansen-Estruch et al., 2023), the action of highest Q among several sample
 In your own code: from eval import load_policy; act = load_policy("runs/hopper-medium/actor.pt"); action = act(obs).
 """
 
+import importlib
 import json
 import os
 import sys
@@ -28,7 +29,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from gymnasium.vector.utils import batch_space, iterate
 from joblib import Parallel, delayed, parallel_config
 from minari.serialization import deserialize_space
 from torch.utils.benchmark import Timer
@@ -93,16 +93,10 @@ def mlp(sizes, R):
     return nn.Sequential(*layers[:-1])
 
 
-class TwinQ(nn.Module):
-    """Q1 and Q2 of R replicas, one network of 2R: s [R, B, S], a [R, B, A] -> [R, 2, B]."""
-
-    def __init__(self, state_dim, action_dim, R):
-        super().__init__()
-        self.net = mlp([action_dim + state_dim, 256, 256, 1], 2 * R)
-
-    def forward(self, s, a):
-        x = torch.cat([a, s], dim=-1).repeat_interleave(2, dim=0)  # [2R, B, A + S]
-        return self.net(x).view(-1, 2, x.shape[1])
+def twin_q(net, s, a):
+    """Q1 and Q2 of R replicas, by one network of 2R: s [R, B, S], a [R, B, A] -> [R, 2, B]."""
+    x = torch.cat([a, s], dim=-1).repeat_interleave(2, dim=0)  # [2R, B, A + S]
+    return net(x).view(-1, 2, x.shape[1])
 
 
 class LayerNorm(nn.Module):
@@ -176,7 +170,7 @@ def sample_best(behavior, q_target, s, candidates, steps):
     a = sample_actions(behavior, s, torch.randn(*s.shape[:2], A, device=s.device), steps).clamp(-1, 1)
     if candidates == 1:
         return a[0]
-    best = q_target(s, a).amin(dim=1).view(-1, candidates).argmax(dim=1)
+    best = twin_q(q_target, s, a).amin(dim=1).view(-1, candidates).argmax(dim=1)
     return a.view(-1, candidates, A)[torch.arange(len(best)), best]
 
 
@@ -196,7 +190,7 @@ def make_act(weights, info):
 def make_networks(weights, info):
     """One seed's behaviour model and target Qs, from their state dictionaries of arrays."""
     sizes = info["state_dim"], info["action_dim"], 1
-    networks = BehaviorModel(*sizes, info["predict"]), TwinQ(*sizes)
+    networks = BehaviorModel(*sizes, info["predict"]), mlp([sum(sizes[:2]), 256, 256, 1], 2)
     for network, arrays in zip(networks, weights):
         network.load_state_dict({name: torch.from_numpy(x) for name, x in arrays.items()})
         network.requires_grad_(False).eval()  # no dropout
@@ -215,26 +209,29 @@ def make_sampling_act(weights, info, candidates, steps):
     return act
 
 
-def make_env(environment):
-    """An environment by its id and keyword arguments alone, so that no code is run that a data set names."""
+def make_env(spec, info):
+    """An environment with gymnasium's own wrappers, so that no code is run that a data set names."""
     gym.logger.min_level = gym.logger.ERROR  # no advice of newer versions: the data's own is needed
-    if environment["id"] not in gym.registry:
+    if spec["id"] not in gym.registry:
         sys.modules["farama_notifications"] = None  # silences a notice about other environments
-        import gymnasium_robotics
-
-        gym.register_envs(gymnasium_robotics)
-    if environment["id"] not in gym.registry:  # gym.make would import a module that stands before a colon
-        raise gym.error.UnregisteredEnv(f"{environment['id']} is not registered")
-    limit = {"max_episode_steps": environment["max_episode_steps"]}
+        importlib.import_module("gymnasium_robotics")  # registers its environments
+    entry = gym.registry[spec["id"]]  # gym.make would import what stands before a colon
     with tempfile.TemporaryDirectory() as folder, mock.patch("tempfile.tempdir", folder):  # mazes leave files there
-        return gym.make(environment["id"], disable_env_checker=True, **limit, **environment["kwargs"])
+        env = gym.make(entry, spec["max_episode_steps"], disable_env_checker=True, **spec["kwargs"])
+    for wrapper in spec["wrappers"]:
+        env = getattr(gym.wrappers, wrapper["name"])(env, **wrapper["kwargs"])
+    found = gym.spaces.flatdim(env.observation_space), *env.action_space.low, *env.action_space.high
+    wanted = info["state_dim"], *info["action_low"], *info["action_high"]
+    if len(found) != len(wanted) or not np.allclose(found, wanted):
+        raise ValueError(f"{env.observation_space}, {env.action_space}; the data have size and bounds {wanted}")
+    return env
 
 
 def rollout(make_act, weights, info, environment, seeds):
     """A worker's job: one policy's episodes, one per seed, in lockstep. Returns [n, 3]: return, success, length."""
     act, space = make_act(weights, info), deserialize_space(info["observation_space"])
     torch.default_generator.manual_seed(seeds[0])  # for policies that sample
-    envs = [make_env(environment) for _ in seeds]
+    envs = [make_env(environment, info) for _ in seeds]
     obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
     result, running = np.zeros((len(seeds), 3)), list(range(len(seeds)))
     while running:
@@ -273,18 +270,27 @@ def load(path, device="cpu"):
 
 def select(artifact, seeds, prefix=""):
     """The networks of these seeds: the leading axis of an artifact's weights holds one per seed, or two."""
-    have = artifact["seeds"]
-    index = [have.index(seed) for seed in seeds]
+    index = [artifact["seeds"].index(seed) for seed in seeds]
     weights = {name.removeprefix(prefix): x for name, x in artifact["weights"].items() if name.startswith(prefix)}
-    return {name: x.view(len(have), -1, *x.shape[1:])[index].flatten(0, 1) for name, x in weights.items()}
+    return {name: x.unflatten(0, (len(artifact["seeds"]), -1))[index].flatten(0, 1) for name, x in weights.items()}
 
 
 def load_artifact(path, stage):
     """A stage's artifact. Exits with one line if the file is of another stage or version."""
     artifact = load(path)
-    if (artifact.get("stage"), artifact.get("format")) != (stage, 4):
+    if (artifact.get("stage"), artifact.get("format")) != (stage, 5):
         sys.exit(f"error: {path} is no {stage} artifact of this version: run srpo_{stage}.py again")
     return artifact
+
+
+def flatten(space, x):
+    """T observations at once, in arrays as Minari stores them -> [T, S]; each row is what gym.spaces.flatten gives."""
+    if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
+        parts = space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space)
+        return np.concatenate([flatten(part, x[key]) for key, part in parts], axis=1)
+    if isinstance(space, gym.spaces.Box):
+        return np.reshape(x, (len(x), gym.spaces.flatdim(space)))
+    return np.stack([gym.spaces.flatten(space, row) for row in x])
 
 
 def load_policy(path, replica=0):
@@ -297,52 +303,46 @@ def load_policy(path, replica=0):
         artifact = load_artifact(path, "actor")
     except SystemExit as e:
         raise ValueError(e.code) from None  # here the caller decides
-    policy = make_act([x[replica].numpy() for x in artifact["weights"].values()], artifact)
-    space = deserialize_space(artifact["observation_space"])
+    policy = make_act([x[replica].numpy() for x in artifact["weights"].values()], artifact["info"])
+    space = deserialize_space(artifact["info"]["observation_space"])
 
     def act(obs):
         part, leaf = space, obs
         while isinstance(part, (gym.spaces.Dict, gym.spaces.Tuple)):  # down to its first array
             key = next(iter(part.keys())) if isinstance(part, gym.spaces.Dict) else 0
             part, leaf = part[key], leaf[key]
-        if np.ndim(leaf) == len(part.shape):
-            return policy(gym.spaces.flatten(space, obs))
-        return policy(np.stack([gym.spaces.flatten(space, x) for x in iterate(batch_space(space, len(leaf)), obs)]))
+        return policy((gym.spaces.flatten if np.ndim(leaf) == len(part.shape) else flatten)(space, obs))
 
     return act
 
 
+def play(env, make_act, weights, info, seed):
+    """One episode: its states [T, S], and whether it succeeded."""
+    act, space, states, done = make_act(weights, info), deserialize_space(info["observation_space"]), [], False
+    torch.default_generator.manual_seed(seed)  # for policies that sample
+    obs, _ = env.reset(seed=seed)
+    while not done:
+        states.append(gym.spaces.flatten(space, obs))
+        obs, _, terminated, truncated, outcome = env.step(act(states[-1][None])[0])
+        success = info["maze"] and outcome["success"]
+        done = terminated or truncated or success
+    return np.array(states), bool(success)
+
+
 def trace(make_act, weights, info, environment, seed):
     """A worker's job: one policy's trajectory in a maze: its goal and positions, and whether it succeeds."""
-    seen = []
-
-    def make_watched(weights, info):
-        act = make_act(weights, info)
-
-        def watched_act(obs):
-            seen.append(obs[0, :4].round(2).tolist())
-            return act(obs)
-
-        return watched_act
-
-    ((_, success, _),) = rollout(make_watched, weights, info, environment, [seed])
-    # achieved and desired goal come first in the state
-    return {"goal": seen[0][2:], "way": [position[:2] for position in seen], "success": bool(success)}
+    states, success = play(make_env(environment, info), make_act, weights, info, seed)
+    position, goal = states[:, :2].round(2).tolist(), states[0, 2:4].round(2).tolist()  # achieved and desired goal
+    return {"goal": goal, "way": position, "success": success}
 
 
 def record_video(make_act, weights, info, environment, seed, folder, name):
     """A worker's job: one episode as folder/name-episode-0.mp4."""
     os.environ.setdefault("MUJOCO_GL", "egl")  # needs no screen
     warnings.simplefilter("ignore")  # where rendering is impossible, the error is enough
-    torch.manual_seed(seed)
-    env = make_env(environment | {"kwargs": environment["kwargs"] | {"render_mode": "rgb_array"}})
+    env = make_env(environment | {"kwargs": environment["kwargs"] | {"render_mode": "rgb_array"}}, info)
     env = gym.wrappers.RecordVideo(env, folder, name_prefix=name, disable_logger=True)
-    act, space = make_act(weights, info), deserialize_space(info["observation_space"])
-    (obs, _), done = env.reset(seed=seed), False
-    while not done:
-        (action,) = act(gym.spaces.flatten(space, obs)[None])
-        obs, _, terminated, truncated, outcome = env.step(action)
-        done = terminated or truncated or info["maze"] and outcome["success"]
+    play(env, make_act, weights, info, seed)
     env.close()
 
 
@@ -353,10 +353,8 @@ def measure_latency(policy, act, behavior, q_target, candidates, steps):
     """
     weight = policy[0].weight
     states = [torch.randn(1, batch, weight.shape[1], device=weight.device) for batch in (1, 20)]
-    rows = [
-        ("srpo", None, None, policy),
-        ("srpo, act(obs) in NumPy", None, None, lambda s: act(s[0].numpy(force=True))),
-    ]
+    rows = [("srpo", None, None, policy)]
+    rows += [("srpo, act(obs) in NumPy", None, None, lambda s: act(s[0].numpy(force=True)))]
     chains = [("idql", (steps, n)) for n in candidates] + [("behavior", (steps, 1)), *CHAINS.items()]
     rows += [(name, k, n, partial(sample_best, behavior, q_target, candidates=n, steps=k)) for name, (k, n) in chains]
     result = []
@@ -393,18 +391,17 @@ if __name__ == "__main__":
     device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
     folder = Path(args.out_dir, args.run_name or args.env.replace("/", "-"))
     artifact = load_artifact(folder / "actor.pt", "actor")
-    if artifact["environments"] is None:
+    info, seeds, betas = artifact["info"], artifact["seeds"], artifact["betas"]
+    if info["environments"] is None:
         sys.exit(f"error: the data set of {args.env} has no environment to evaluate in")
     args.eval_env = args.eval_env or artifact["args"]["eval_env"]
-    environment = artifact["environments"][args.eval_env]
+    environment = info["environments"][args.eval_env]
+    weights = list(zip(*(x.numpy() for x in artifact["weights"].values())))  # of each replica
     try:
-        make_env(environment)
+        rollout(make_act, weights[0], info, environment | {"max_episode_steps": 1}, [args.first_episode])
     except Exception as e:
-        sys.exit(f"error: cannot make {environment['id']} ({e!r:.300}): install its package")
+        sys.exit(f"error: cannot play in {environment['id']} ({e!r:.500}): mend it, or install its package")
 
-    seeds, betas = artifact["seeds"], artifact["betas"]
-    weights = [[x[r].numpy() for x in artifact["weights"].values()] for r in range(len(seeds))]
-    info = {name: x for name, x in artifact.items() if name != "weights"}
     policies = [("srpo", None, make_act, list(zip(seeds, betas, weights)))]  # name, candidates, make_act, replicas
     if args.latency or set(args.policy) != {"srpo"}:
         frozen, unique = [], list(dict.fromkeys(seeds))  # one behaviour model and one pair of target Qs per seed
@@ -425,18 +422,25 @@ if __name__ == "__main__":
     print(f"{info['env']}, {args.episodes} episodes each in {environment['id']}, --eval-env {args.eval_env};", end=" ")
     print(f"the score of the data is {100 * (info['data_outcome'] - low) / (high - low):.1f}")
     test = range(args.first_episode, args.first_episode + args.episodes)
-    rows, ways, summary = [], [], []
+    rows, ways, summary, failed = [], [], [], []
     for name, candidates, make, replicas in policies if test else ():
-        result = evaluate(make, [one for *_, one in replicas], info, environment, test, args.workers)
+        shown = test[:5] if info["maze"] else ()  # episodes whose ways are drawn
+        try:
+            result = evaluate(make, [one for *_, one in replicas], info, environment, test, args.workers)
+            jobs = [delayed(trace)(make, one, info, environment, seed) for *_, one in replicas for seed in shown]
+            traces = Parallel(args.workers, max_nbytes=1000, mmap_mode="c")(jobs)
+        except Exception as e:
+            failed.append(name)
+            print(f"error: evaluation of {name} failed ({e!r:.500})", file=sys.stderr)
+            continue
         if not rows:
             print(*(f"{x:>14}" for x in ("policy", "candidates", "seed", "beta", *(metric[5:] for metric in result))))
-        for r, (seed, beta, one) in enumerate(replicas):
+        for r, (seed, beta, _) in enumerate(replicas):
             row = {"policy": name, "candidates": candidates, "seed": seed, "beta": beta}
-            print(
-                *(f"{'-' if x is None else x:>14}" for x in row.values()), *(f"{x[r]:14.2f}" for x in result.values())
-            )
+            labels = [f"{'-' if x is None else x:>14}" for x in row.values()]
+            print(*labels, *(f"{x[r]:14.2f}" for x in result.values()))
             rows.append(row | {metric.split("/")[1]: x[r] for metric, x in result.items()})
-            ways += [(row, delayed(trace)(make, one, info, environment, seed)) for seed in test[:5] if info["maze"]]
+            ways += [row | way for way in traces[len(shown) * r : len(shown) * (r + 1)]]
     for name, candidates, beta in dict.fromkeys((x["policy"], x["candidates"], x["beta"]) for x in rows):
         one = [x["score"] for x in rows if (x["policy"], x["candidates"], x["beta"]) == (name, candidates, beta)]
         summary.append({"policy": name, "candidates": candidates, "beta": beta, "score_mean": np.mean(one)})
@@ -447,18 +451,16 @@ if __name__ == "__main__":
     contents = {}
     if rows:
         contents["eval"] = {"env": info["env"], "data_score": 100 * (info["data_outcome"] - low) / (high - low)}
-        contents["eval"] |= {"steps": info["args"]["steps"], "episodes": args.episodes, "eval_env": args.eval_env}
+        contents["eval"] |= {"steps": artifact["args"]["steps"], "episodes": args.episodes, "eval_env": args.eval_env}
         contents["eval"] |= {"sampler_steps": args.sampler_steps, "policies": rows, "summary": summary}
     if ways:
-        traces = Parallel(args.workers, max_nbytes=1000, mmap_mode="c")(job for _, job in ways)
-        maze = make_env(environment).unwrapped.maze
+        maze = make_env(environment, info).unwrapped.maze
         walls = np.argwhere([[cell == 1 for cell in row] for row in maze.maze_map])
-        contents["trajectories"] = {"cell": maze.maze_size_scaling}
-        contents["trajectories"] |= {"walls": [maze.cell_rowcol_to_xy(cell).tolist() for cell in walls]}
-        contents["trajectories"] |= {"ways": [row | way for (row, _), way in zip(ways, traces)]}
+        walls = [maze.cell_rowcol_to_xy(cell).tolist() for cell in walls]
+        contents["trajectories"] = {"cell": maze.maze_size_scaling, "walls": walls, "ways": ways}
     if args.latency:
         behavior, q_target = (network.to(device) for network in make_networks(list(zip(*frozen))[0], info))
-        sizes = [info["state_dim"]] + [256] * info["hidden_layers"] + [info["action_dim"]]
+        sizes = [info["state_dim"]] + [256] * artifact["args"]["hidden_layers"] + [info["action_dim"]]
         policy = mlp(sizes, 1).append(nn.Tanh()).to(device).requires_grad_(False)  # its weights do not matter here
         act = make_act(weights[0], info)
         table = measure_latency(policy, act, behavior, q_target, args.candidates, args.sampler_steps)
@@ -481,3 +483,5 @@ if __name__ == "__main__":
             reason = f"{type(e).__name__}: {e}".splitlines()[0]
             sys.exit(f"error: cannot record ({reason}): rendering needs EGL, `apt install libegl1 libgl1-mesa-dri`")
         print(f"saved {folder / 'video'}/*.mp4")
+    if failed:
+        sys.exit(f"error: no scores of {', '.join(failed)}: their evaluations failed")

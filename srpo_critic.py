@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import tyro
 import wandb
-from gymnasium.vector.utils import batch_space, iterate
+from filelock import FileLock, Timeout
 from minari.serialization import serialize_space
 from minari.storage import get_dataset_path, hosting
 from tqdm import tqdm
@@ -85,18 +85,17 @@ class Args:
 STAGE = "critic"
 METRICS = ("losses/v_loss", "losses/q_loss", "values/v_mean", "values/q_mean", "values/q_max")
 FILES = ("critic.*",)  # of a run, moved aside by the next
-MAY_CHANGE = "args out_dir run_name graph resume checkpoint_every track wandb_project_name wandb_entity".split()
+MAY_CHANGE = "args info out_dir run_name graph resume checkpoint_every track wandb_project_name wandb_entity".split()
 
 
 def minari_ids(env):
     """The Minari ids of a task in D4RL's naming; any other name is an id itself."""
     domain, _, level = env.removesuffix("-v2").partition("-")
-    if domain == "antmaze":
-        return [f"D4RL/antmaze/{level}-v1"]
-    if domain not in ("halfcheetah", "hopper", "walker2d"):
+    if domain not in ("halfcheetah", "hopper", "walker2d", "antmaze"):
         return [env]
-    levels = level.split("-")  # medium-expert: both
-    return [f"mujoco/{domain}/{x}-v0" for x in levels] if "replay" not in levels else [f"D4RL/{domain}/{level}-v2"]
+    if domain == "antmaze" or level == "medium-replay":
+        return [f"D4RL/{domain}/{level}-v{1 if domain == 'antmaze' else 2}"]
+    return [f"mujoco/{domain}/{x}-v0" for x in level.split("-")]  # medium-expert: both
 
 
 def open_dataset(id):
@@ -112,68 +111,79 @@ def open_dataset(id):
         dataset[0]  # reads the file
         return dataset
     except Exception as e:
-        sys.exit(f"error: no complete data set {id} ({e!r}): run `{command}`, or do so elsewhere and copy it to {path}")
+        remedy = f": run `{command}`, or do so elsewhere and copy it to {path}"
+        sys.exit(f"error: no complete data set {id} ({e!r}){'' if isinstance(e, ImportError) else remedy}")
+
+
+def flatten(space, x):
+    """T observations at once, in arrays as Minari stores them -> [T, S]; each row is what gym.spaces.flatten gives."""
+    if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
+        parts = space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space)
+        return np.concatenate([flatten(part, x[key]) for key, part in parts], axis=1)
+    if isinstance(space, gym.spaces.Box):
+        return np.reshape(x, (len(x), gym.spaces.flatdim(space)))
+    return np.stack([gym.spaces.flatten(space, row) for row in x])
 
 
 def load_dataset(env, dataset, normalize_obs, device):
     """Logged transitions of a task, or of the Minari ids in dataset. Exits with one line if they are not supported.
 
-    Returns data, float32 tensors on the device: obs [N, S], action [N, A] in [-1, 1], reward [N] (scaled as in the
-    paper), next_obs [N, S], terminal [N] (0 at a truncation); and info, what the other stages must know of the task.
+    Returns float32 transitions on the device, one per row: obs [S], action [A] in [-1, 1], reward [1] as the paper
+    scales it, next_obs [S], terminal [1] (0 at a truncation); and info, all that later stages must know of the data.
     """
     ids = dataset.split("+") if dataset else minari_ids(env)
+    if not all(re.fullmatch(r"(?!.*\bv\d+-v)([\w-]+/)*\w[\w-]*-v\d+", id) for id in ids):
+        sys.exit(f"error: no task {dataset or env!r}: README lists D4RL's names, and Minari ids end in -v and a number")
     sets, source = [open_dataset(id) for id in ids], "+".join(ids)
     space, bounds, spec = sets[0].observation_space, sets[0].action_space, sets[0].env_spec
     if len({str((d.observation_space, d.action_space, d.env_spec and d.env_spec.id)) for d in sets}) > 1:
         sys.exit(f"error: {source} have different spaces or environments: only data of one environment can be joined")
-    image = re.search(r'"uint8", "shape": \[\d+, \d+, \d+\]', serialize_space(space))
-    if image or not space.is_np_flattenable or gym.spaces.flatdim(space) > 4096:
-        sys.exit(f"error: {source} has images, or observations of variable size or over 4096 numbers: not supported")
-    if not isinstance(bounds, gym.spaces.Box) or len(bounds.shape) != 1 or not bounds.is_bounded():
+    if not space.is_np_flattenable or gym.spaces.flatdim(space) > 4096:
+        sys.exit(f"error: {source} has observations of variable size or over 4096 numbers (images): not supported")
+    if not isinstance(bounds, gym.spaces.Box) or bounds.low.ndim != 1 or np.abs([bounds.low, bounds.high]).max() > 1e38:
         sys.exit(f"error: {source} has actions that are not in a bounded one-dimensional Box: only these are supported")
-    low, high = bounds.low, bounds.high
+    low, high, S, A = bounds.low, bounds.high, gym.spaces.flatdim(space), len(bounds.low)
     maze = spec is not None and "Maze" in spec.id and "achieved_goal" in getattr(space, "spaces", ())
-
-    columns, episodes, clipped = [], [], 0
-    for episode in (d[i] for d in sets for i in range(len(d))):  # iterating over d would cache 50 kB per episode
+    data = np.empty((sum(d.total_steps for d in sets), 2 * S + A + 2), np.float32)
+    episodes, N, clipped, cut = [], 0, 0, 0
+    for i, episode in enumerate(d[k] for d in sets for k in range(len(d))):  # iterating over d would cache 50 kB each
         obs, terminal, T = episode.observations, episode.terminations, len(episode)
-        rows = [gym.spaces.flatten(space, x) for x in iterate(batch_space(space, T + 1), obs)]
-        rows = np.stack(rows, dtype=np.float32)
+        rows = flatten(space, obs)
+        if len(rows) == T:  # the last action has no next observation
+            T, cut = T - 1, cut + 1
         if maze:  # the recording continues after success, which here terminates
             terminal = np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1)[1:] <= 0.45
-            T = terminal.argmax() + 1 if terminal.any() else T
+            T = int(terminal.argmax()) + 1 if terminal.any() else T
         action = np.clip(episode.actions[:T], low, high)  # as simulators do
         clipped += (action != episode.actions[:T]).any(axis=1).sum()
-        action = 2 * (action - low) / (high - low) - 1
-        columns.append((rows[:T], action, episode.rewards[:T].ravel(), rows[1 : T + 1], terminal[:T]))
+        action = 2 * (action - low) / np.maximum(high - low, 1e-9) - 1  # -1 if the bounds are equal
+        columns = rows[:T], action, episode.rewards[:T], rows[1 : T + 1], terminal[:T]
+        fits = {len(x) for x in columns} == {T} and episode.rewards.size == len(episode)
+        block = np.column_stack(columns).astype(np.float32) if fits else np.nan
+        if not np.isfinite(block).all():
+            sys.exit(f"error: episode {i} of {source} has missing or not finite values, or several rewards per step")
+        data[N : N + T], N = block, N + T
         episodes.append((episode.rewards.sum(), terminal.any(), len(episode)))
-    columns = [np.concatenate(column, dtype=np.float32) for column in zip(*columns)]
-    data = dict(zip(("obs", "action", "reward", "next_obs", "terminal"), columns))
-    returns, success, lengths = np.transpose(episodes)
-    (N, S), checksum = data["obs"].shape, 0
-    for name, column in data.items():
-        checksum = zlib.crc32(column, checksum)
-        if len(column) != N or not np.isfinite(column).all():
-            sys.exit(f"error: {source} has missing or not finite values in {name}: repair or leave out their episodes")
-
+    data, (returns, success, lengths) = data[:N], np.transpose(episodes)
+    info = {"env": env, "fingerprint": [N, zlib.crc32(data)], "maze": maze, "state_dim": S, "action_dim": A}
     if maze:
-        data["reward"] -= 1
+        data[:, S + A] -= 1
     elif np.ptp(returns):
-        data["reward"] *= 1000 / np.ptp(returns)
+        data[:, S + A] *= 1000 / np.ptp(returns)
     mean, std = np.zeros(S, np.float32), np.ones(S, np.float32)
     if normalize_obs or normalize_obs is None and minari_ids(env) == [env]:
-        mean, std = (f(data["obs"], axis=0, dtype=np.float64).astype(np.float32) for f in (np.mean, np.std))
+        mean, std = (f(data[:, :S], axis=0, dtype=np.float64).astype(np.float32) for f in (np.mean, np.std))
         std[std <= 1e-6 * np.abs(mean)] = 1  # constant but for rounding
-    for name in ("obs", "next_obs"):
-        data[name] -= mean
-        data[name] /= std
-    info = {"env": env, "fingerprint": [N, checksum], "maze": maze, "state_dim": S, "action_dim": len(low)}
+    for obs in (data[:, :S], data[:, S + A + 1 : -1]):
+        obs -= mean
+        obs /= std
     info |= {"observation_space": serialize_space(space), "obs_mean": mean.tolist(), "obs_std": std.tolist()}
     info |= {"action_low": low.tolist(), "action_high": high.tolist(), "longest_episode": int(lengths.max())}
     info |= {"data_outcome": float((success if maze else returns).mean())}  # what an evaluation measures
+    info["minari"] = {k: x for k, x in sets[0].storage.metadata.items() if k.endswith(("env_spec", "_score"))}
     print(f"{source}: {len(returns):,} episodes, mean return {returns.mean():.2f}, {N:,} transitions,", end=" ")
-    print(f"{clipped:,} actions clipped, observations {'standardised' if (std != 1).any() else 'not standardised'}")
-    return {name: torch.from_numpy(column).to(device) for name, column in data.items()}, info
+    print(f"{clipped:,} actions clipped, {cut:,} last steps cut, observations standardised: {(std != 1).any()}")
+    return torch.from_numpy(data).to(device), info
 
 
 class Linear(nn.Module):
@@ -195,37 +205,31 @@ def mlp(sizes, R):
     return nn.Sequential(*layers[:-1])
 
 
-class TwinQ(nn.Module):
-    """Q1 and Q2 of R replicas, one network of 2R: s [R, B, S], a [R, B, A] -> [R, 2, B]."""
-
-    def __init__(self, state_dim, action_dim, R):
-        super().__init__()
-        self.net = mlp([action_dim + state_dim, 256, 256, 1], 2 * R)
-
-    def forward(self, s, a):
-        x = torch.cat([a, s], dim=-1).repeat_interleave(2, dim=0)  # [2R, B, A + S]
-        return self.net(x).view(-1, 2, x.shape[1])
+def twin_q(net, s, a):
+    """Q1 and Q2 of R replicas, by one network of 2R: s [R, B, S], a [R, B, A] -> [R, 2, B]."""
+    x = torch.cat([a, s], dim=-1).repeat_interleave(2, dim=0)  # [2R, B, A + S]
+    return net(x).view(-1, 2, x.shape[1])
 
 
 class Critic(nn.Module):
-    """Q, its target, and V: s [R, B, S] -> [R, B, 1]."""
+    """Both Qs, their targets, and V of R replicas."""
 
     def __init__(self, state_dim, action_dim, R):
         super().__init__()
-        self.q = TwinQ(state_dim, action_dim, R)
+        self.q = mlp([action_dim + state_dim, 256, 256, 1], 2 * R)
         self.v = mlp([state_dim, 256, 256, 1], R)
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
 
 
 def critic_loss(critic, s, a, r, s_next, terminal, gamma, expectile):
-    """Eq. 11 and Eq. 12. s, s_next [R, B, S], a [R, B, A], r, terminal [R, B] -> losses [R]; V, target Q [R, B]."""
+    """Eq. 11 and Eq. 12. s, s_next [R, B, S], a [R, B, A], r, terminal [R, B, 1] -> losses [R]; V, target Q [R, B]."""
     with torch.no_grad():
-        q_min = critic.q_target(s, a).min(dim=1).values  # [R, B]
-        q_backup = r + gamma * (1 - terminal) * critic.v(s_next).squeeze(-1)  # a time-out bootstraps
+        q_min = twin_q(critic.q_target, s, a).min(dim=1).values  # [R, B]
+        q_backup = (r + gamma * (1 - terminal) * critic.v(s_next)).squeeze(-1)  # [R, B]; a time-out bootstraps
     v = critic.v(s).squeeze(-1)
     u = q_min - v
     v_loss = (torch.where(u < 0, 1 - expectile, expectile) * u**2).mean(dim=-1)  # Eq. 11
-    q_loss = ((critic.q(s, a) - q_backup[:, None]) ** 2).mean(dim=(1, 2))  # Eq. 12, the mean of both heads
+    q_loss = ((twin_q(critic.q, s, a) - q_backup[:, None]) ** 2).mean(dim=(1, 2))  # Eq. 12, the mean of both heads
     return v_loss, q_loss, v, q_min
 
 
@@ -242,8 +246,7 @@ def make_update(args, critic, optimizer, draw, window, start):
         (v_loss + q_loss).sum().backward()  # replicas and networks share no parameters, so one backward serves all
         optimizer.step()
         with torch.no_grad():
-            for target, online in zip(critic.q_target.parameters(), critic.q.parameters()):
-                target.lerp_(online, args.tau)
+            torch._foreach_lerp_(list(critic.q_target.parameters()), list(critic.q.parameters()), args.tau)
             window.add_(torch.stack([v_loss, q_loss, v.mean(dim=-1), q.mean(dim=-1), q.amax(dim=-1)]))
 
     return update
@@ -276,38 +279,40 @@ def load(path, device="cpu"):
         sys.exit(f"error: {path} is missing or unusable ({e!r:.200}): run the stage that writes it")
 
 
-def open_run(args, about, model, optimizer, device):
-    """The run's folder and the step to start from: with --resume the last checkpoint's, else old files move aside."""
-    folder = Path(args.out_dir, args.run_name or args.env.replace("/", "-"))
+def open_run(folder, about, model, optimizer, device):
+    """Locks the run. Returns the step to start from: with --resume the last checkpoint's; else old files move aside."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = next((p for p in (folder / f"{STAGE}.ckpt", folder / f"{STAGE}.pt") if p.exists() and args.resume), None)
-    if path is None:
+    open_run.lock = FileLock(folder / f".{STAGE}.lock", is_singleton=True)  # until the process ends, however it does
+    try:
+        open_run.lock.acquire(timeout=0)
+    except Timeout:
+        sys.exit(f"error: another srpo_{STAGE}.py writes to {folder}: wait until it ends, or give another --run-name")
+    found = [x for x in (folder / f"{STAGE}.ckpt", folder / f"{STAGE}.pt") if about["args"]["resume"] and x.exists()]
+    if not found:
         for old in [old for pattern in FILES for old in folder.glob(pattern)]:
             date = time.strftime(f"%Y%m%d-%H%M%S-{old.stat().st_mtime_ns % 10**9}", time.localtime(old.stat().st_mtime))
             print(f"{old} of an earlier run is renamed to {old.rename(old.with_stem(f'{old.stem}-{date}'))}")
-        return folder, 0
-    state = load(path, device)
-    for name, value in (about["args"] | about).items():
-        then = (state.get("args", {}) | state).get(name)
-        if name not in MAY_CHANGE and then != value:
-            sys.exit(f"error: {path} was written with {name} = {then}, not {value}: --resume needs the same")
+        return 0
+    state = load(found[0], device)
+    for name, now in (about["args"] | about | about["info"]).items():
+        then = (state.get("args", {}) | state | state.get("info", {})).get(name)
+        if name not in MAY_CHANGE and then != now:
+            sys.exit(f"error: {found[0]} has {name} = {then!s:.99}, not {now!s:.99}: --resume needs the same")
     if "optimizer" not in state:
-        print(f"{path} is finished, nothing to resume")
+        print(f"{found[0]} is finished, nothing to resume")
         sys.exit()
     model.load_state_dict(state["weights"])
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"][0].cpu())
-    torch.cuda.set_rng_state_all([x.cpu() for x in state["rng"][1]])
-    os.truncate(folder / f"{STAGE}.jsonl", state["log_size"])  # drops what was logged after the checkpoint
-    return folder, state["step"]
+    (torch.cuda if device == "cuda" else torch).set_rng_state(state["rng"].cpu())
+    os.truncate(folder / f"{STAGE}.jsonl", state["log"])  # drops what was logged after the checkpoint
+    return state["step"]
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    for name, value in vars(args).items():
-        numbers = [x for x in np.atleast_1d(value).tolist() if type(x) in (int, float)]
-        if not all(0 < x < np.inf or x == 0 and name in ("seed", "eval_every") for x in numbers):
-            sys.exit(f"error: --{name.replace('_', '-')} {value}: must be positive")
+    for name, x in [(name, x) for name, value in vars(args).items() for x in np.atleast_1d(value).tolist()]:
+        if type(x) in (int, float) and not (0 < x < np.inf or x == 0 and name in ("seed", "eval_every")):
+            sys.exit(f"error: --{name.replace('_', '-')} {x}: must be positive")
     if max(args.expectile or 0, args.gamma, args.tau) > 1:
         sys.exit("error: --expectile, --gamma and --tau must be at most 1")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -316,31 +321,35 @@ if __name__ == "__main__":
     torch.backends.cuda.matmul.allow_tf32 = True
     data, info = load_dataset(args.env, args.dataset, args.normalize_obs, device)
     args.expectile = args.expectile or (0.9 if info["maze"] else 0.7)
-    print(f"{args.steps:,} steps of {args.batch_size} on {device}, expectile {args.expectile}")
-
+    folder = Path(args.out_dir, args.run_name or args.env.replace("/", "-"))
+    print(f"expectile {args.expectile}")
     torch.manual_seed(args.seed)
-    R, replicas = args.num_seeds, [{"seed": args.seed + r} for r in range(args.num_seeds)]
-    critic = Critic(info["state_dim"], info["action_dim"], R).to(device)
+    R, S, A = args.num_seeds, info["state_dim"], info["action_dim"]
+    replicas = [{"seed": args.seed + r} for r in range(R)]
+    critic = Critic(S, A, R).to(device)
     adam = {"lr": torch.tensor(args.lr, device=device), "fused": True, "capturable": device == "cuda"}
     optimizer = torch.optim.Adam([p for p in critic.parameters() if p.requires_grad], **adam)
     window = torch.zeros(len(METRICS), R, device=device)  # sums of the metrics since the last log line
-    about = {"stage": STAGE, "format": 4, **info, "seeds": [x["seed"] for x in replicas], "args": asdict(args)}
-    folder, start = open_run(args, about, critic, optimizer, device)
+    about = {"stage": STAGE, "format": 5, "info": info, "seeds": [x["seed"] for x in replicas], "args": asdict(args)}
+    start = open_run(folder, about, critic, optimizer, device)
     runs, log = [], folder / f"{STAGE}.jsonl"
-    for replica in replicas if args.track else ():
-        name = "-".join([folder.name, STAGE, *(f"{key}{value}" for key, value in replica.items())])
-        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": folder, "name": name}
-        labels = {"group": folder.name, "job_type": STAGE, "config": asdict(args) | replica}
-        runs.append(wandb.init(**where, **labels, reinit="create_new"))
+    try:
+        for replica in replicas if args.track else ():
+            name = "-".join([folder.name, STAGE, *(f"{key}{value}" for key, value in replica.items())])
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": folder, "name": name}
+            labels = {"group": folder.name, "job_type": STAGE, "config": asdict(args) | replica}
+            runs.append(wandb.init(**where, **labels, reinit="create_new"))
+    except wandb.Error as e:
+        sys.exit(f"error: W&B cannot log: {e}")
 
     def draw():
-        index = torch.randint(len(data["obs"]), (R, args.batch_size), device=device)  # with replacement
-        return [data[name][index] for name in ("obs", "action", "reward", "next_obs", "terminal")]
+        index = torch.randint(len(data), (R, args.batch_size), device=device)  # with replacement
+        return data[index].split([S, A, 1, S, 1], dim=-1)
 
     update = make_update(args, critic, optimizer, draw, window, start)
     update = torch.compile(update) if args.compile else update
     update = capture(update).__next__ if args.graph and device == "cuda" else update
-    bar, clock = tqdm(range(start + 1, args.steps + 1), STAGE, initial=start, total=args.steps), time.time()
+    bar, clock = tqdm(range(start + 1, args.steps + 1), f"{STAGE} on {device}", args.steps, initial=start), time.time()
     for step in bar:
         update()
         if step % args.log_every and step < args.steps:
@@ -355,17 +364,19 @@ if __name__ == "__main__":
         rate = optimizer.param_groups[0]["lr"].item()
         metrics |= {"charts/SPS": n / (time.time() - clock), "charts/learning_rate": rate}
         clock = time.time()
-        with open(log, "a") as file:
-            file.write(json.dumps({"step": step, "seed": about["seeds"], **metrics}) + "\n")
         for i, run in enumerate(runs):
             run.log({name: x[i] if isinstance(x, list) else x for name, x in metrics.items()}, step=step)
-        if step % args.checkpoint_every < args.log_every or step == args.steps:
-            state, path = about | {"weights": critic.state_dict()}, folder / f"{STAGE}.pt"
-            if step < args.steps:  # a checkpoint holds all that the next step depends on
-                rng = [torch.get_rng_state(), [torch.cuda.get_rng_state()] if device == "cuda" else []]
-                state |= {"step": step, "optimizer": optimizer.state_dict(), "rng": rng, "log_size": log.stat().st_size}
-                path = folder / f"{STAGE}.ckpt"
-            torch.save(state, f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)  # a crash leaves the previous file whole
+        try:
+            with open(log, "a") as file:
+                file.write(json.dumps({"step": step, "seed": about["seeds"], **metrics}) + "\n")
+            if step % args.checkpoint_every < args.log_every or step == args.steps:
+                state, path = about | {"weights": critic.state_dict()}, folder / f"{STAGE}.pt"
+                if step < args.steps:  # a checkpoint holds all that the next step depends on
+                    rng, path = (torch.cuda if device == "cuda" else torch).get_rng_state(), path.with_suffix(".ckpt")
+                    state |= {"step": step, "rng": rng, "optimizer": optimizer.state_dict(), "log": log.stat().st_size}
+                torch.save(state, f"{path}.tmp")
+                os.replace(f"{path}.tmp", path)  # a crash leaves the previous file whole
+        except (OSError, RuntimeError) as e:  # PyTorch raises the second, for example on a full disk
+            sys.exit(f"error: cannot write to {folder} ({e!r:.200}): free some space, then continue with --resume")
     (folder / f"{STAGE}.ckpt").unlink(missing_ok=True)
     print(f"saved {folder / STAGE}.pt")

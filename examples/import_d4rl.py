@@ -23,7 +23,8 @@ from minari.dataset.minari_dataset import parse_dataset_id
 from minari.storage import get_dataset_path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from srpo_actor import D4RL_SCORES, minari_ids
+from srpo_actor import D4RL_SCORES
+from srpo_critic import minari_ids
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Diagnose a policy: its distance from the behaviour model's actions, and the critic's Q of both.
 
-    python examples/policy_distance.py --run runs/hopper-medium      # reads its artifacts and the data
+    python examples/policy_distance.py --run runs/hopper-medium      # reads its artifacts
 
 For each policy, over recorded states: its mean squared distance per action dimension (actions lie in [-1, 1]) from the
 mean of 32 samples of the behaviour model, and the samples' own distance from it; then the mean Q of the policy's
@@ -22,8 +22,7 @@ import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from eval import alpha_sigma, evaluate, load_artifact, make_networks, mlp, sample_actions, select
-from srpo_actor import load_dataset
+from eval import alpha_sigma, evaluate, load_artifact, make_networks, mlp, sample_actions, select, twin_q
 
 
 @dataclass
@@ -52,11 +51,11 @@ def sample(behavior, s, samples, steps):
 def compare(policy, behavior, q_target, s, samples, steps):
     """Two distances and three Qs as above, for networks of one replica and states s [B, S]."""
     a, pi = sample(behavior, s, samples, steps), policy(s[None])[0]
-    q = q_target(s.repeat_interleave(samples, dim=0)[None], a.flatten(0, 1)[None])[0].view(2, -1, samples)
+    q = twin_q(q_target, s.repeat_interleave(samples, dim=0)[None], a.flatten(0, 1)[None])[0].view(2, -1, samples)
     taken = q.amin(dim=0).argmax(dim=1, keepdim=True)  # as IDQL does, by the smaller of both heads
     mean = a.mean(dim=1)
     distances = (pi - mean).square().mean(), (a - mean[:, None]).square().mean()
-    return *distances, q_target(s[None], pi[None]).mean(), q.mean(), q.mean(dim=0).gather(1, taken).mean()
+    return *distances, twin_q(q_target, s[None], pi[None]).mean(), q.mean(), q.mean(dim=0).gather(1, taken).mean()
 
 
 def score_term(behavior, s, a, t, draws=256):
@@ -93,45 +92,41 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     torch.set_grad_enabled(False)
     artifact = load_artifact(args.run / "actor.pt", "actor")
-    info, there = {name: x for name, x in artifact.items() if name != "weights"}, {}
+    info, flags, there = artifact["info"], artifact["args"], {}
     for stage in ("behavior", "critic"):
-        path = info["args"][stage] or args.run / f"{stage}.pt"
+        path = flags[stage] or args.run / f"{stage}.pt"
         there[stage] = load_artifact(path, stage)
-        if (
-            zlib.crc32(b"".join(x.numpy().tobytes() for x in there[stage]["weights"].values()))
-            != info["sources"][stage]
-        ):
+        checksum = zlib.crc32(b"".join(x.numpy().tobytes() for x in there[stage]["weights"].values()))
+        if checksum != info["sources"][stage]:
             sys.exit(f"error: {path} changed since the actor was trained: run srpo_actor.py --env {info['env']} again")
     info["predict"] = there["behavior"]["args"]["predict"]
-    data, task = load_dataset(info["env"], info["args"]["dataset"], info["args"]["normalize_obs"], "cpu")
-    if any(info[name] != x for name, x in task.items()):
-        sys.exit(f"error: {args.run}/actor.pt was trained on other data: run srpo_actor.py --env {info['env']} again")
+    obs = there["behavior"]["obs"]
     if args.episodes and not info["environments"]:
         sys.exit(f"error: the data set of {info['env']} has no environment: leave out --episodes")
     weights, networks = {}, {}
-    for seed in dict.fromkeys(info["seeds"]):
+    for seed in dict.fromkeys(artifact["seeds"]):
         one = select(there["behavior"], [seed]), select(there["critic"], [seed], "q_target.")
         weights[seed] = [{name: x.numpy() for name, x in network.items()} for network in one]
         networks[seed] = make_networks(weights[seed], info)
-    policy = mlp([info["state_dim"]] + [256] * info["hidden_layers"] + [info["action_dim"]], 1).append(nn.Tanh())
+    policy = mlp([info["state_dim"]] + [256] * flags["hidden_layers"] + [info["action_dim"]], 1).append(nn.Tanh())
 
     print("  seed   beta  distance  samples'  Q: policy  samples   IDQL's")
-    for r, (seed, beta) in enumerate(zip(info["seeds"], info["betas"])):
+    for r, (seed, beta) in enumerate(zip(artifact["seeds"], artifact["betas"])):
         torch.manual_seed(0)  # the same states and noise for all
         policy.load_state_dict({name: x[r : r + 1] for name, x in artifact["weights"].items()})
-        s = data["obs"][torch.randint(len(data["obs"]), (args.states,))]
+        s = obs[torch.randint(len(obs), (args.states,))]
         row = compare(policy, *networks[seed], s, args.samples, args.sampler_steps)
         print(f"{seed:6d} {beta:6g} {row[0]:9.3f} {row[1]:9.3f}" + "".join(f" {q:9.2f}" for q in row[2:]))
     for seed, (behavior, _) in networks.items() if args.times else ():
         torch.manual_seed(0)
         print("  seed      t     error     slope  error / slope")
-        s = data["obs"][torch.randint(len(data["obs"]), (args.states,))]
+        s = obs[torch.randint(len(obs), (args.states,))]
         a = sample(behavior, s, args.samples, args.sampler_steps).mean(dim=1)
         for t in args.times:
             error, slope = score_term(behavior, s, a, t)
             print(f"{seed:6d} {t:6g} {error:9.3f} {slope:9.3f} {error / slope:14.3f}", flush=True)
     if args.episodes:
-        environment = info["environments"][info["args"]["eval_env"]]
+        environment = info["environments"][flags["eval_env"]]
         make = partial(make_mean_act, samples=args.samples, steps=args.sampler_steps)
         test = range(1_000_000, 1_000_000 + args.episodes)  # eval.py's
         result = evaluate(make, list(weights.values()), info, environment, test, os.cpu_count())

@@ -29,12 +29,12 @@ class Args:
     """folder of all runs"""
 
 
-def successes(data):
+def successes(obs, next_obs, terminal):
     """Slices of the transitions, each an episode up to its first success."""
-    new = (data["obs"][1:] != data["next_obs"][:-1]).any(dim=-1).nonzero().flatten() + 1  # where an episode begins
-    bounds = [0, *new.tolist(), len(data["obs"])]
+    new = (obs[1:] != next_obs[:-1]).any(dim=-1).nonzero().flatten() + 1  # where an episode begins
+    bounds = [0, *new.tolist(), len(obs)]
     for start, end in zip(bounds, bounds[1:]):
-        reached = data["terminal"][start:end].nonzero().flatten().tolist()
+        reached = terminal[start:end].flatten().nonzero().flatten().tolist()
         if reached:
             yield slice(start, start + reached[0] + 1)
 
@@ -55,19 +55,21 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     path = Path(args.out_dir, args.run_name or args.env.replace("/", "-"), "critic.pt")
     artifact = load_artifact(path, "critic")
-    if not artifact["maze"]:
+    if not artifact["info"]["maze"]:
         sys.exit(f"error: {args.env} is no maze: name one")
     flags = artifact["args"]
-    data, info = srpo_critic.load_dataset(artifact["env"], flags["dataset"], flags["normalize_obs"], "cpu")
-    if any(artifact[name] != x for name, x in info.items()):
+    data, info = srpo_critic.load_dataset(flags["env"], flags["dataset"], flags["normalize_obs"], "cpu")
+    if artifact["info"] != info:
         sys.exit(f"error: {path} was trained on other data: run `python srpo_critic.py --env {args.env}` again")
-    critic = srpo_critic.Critic(info["state_dim"], info["action_dim"], len(artifact["seeds"]))
+    S, A = info["state_dim"], info["action_dim"]
+    critic = srpo_critic.Critic(S, A, len(artifact["seeds"]))
     critic.load_state_dict(artifact["weights"])
-    episodes = [e for e in successes(data) if e.stop - e.start > 2]
+    obs, _, _, next_obs, terminal = data.split([S, A, 1, S, 1], dim=1)
+    episodes = [e for e in successes(obs, next_obs, terminal) if e.stop - e.start > 2]
     if not episodes:
         sys.exit(f"error: no episode of {args.env} succeeds after 3 or more steps: there is no order to measure")
     with torch.no_grad():
-        v = torch.cat([critic.v(s.expand(len(artifact["seeds"]), -1, -1)) for s in data["obs"].split(10_000)], dim=1)
+        v = torch.cat([critic.v(s.expand(len(artifact["seeds"]), -1, -1)) for s in obs.split(10_000)], dim=1)
     v = v.squeeze(-1).numpy()
     for seed, value in zip(artifact["seeds"], v):
         order = [spearman(value[e], np.arange(e.stop - e.start)) for e in episodes]

@@ -39,6 +39,7 @@ import srpo_behavior
 import srpo_critic
 
 STATE_DIM, ACTION_DIM, N = 17, 6, 1_000_000  # of halfcheetah-medium
+COLUMNS, SIZES = ("obs", "action", "reward", "next_obs", "terminal"), (STATE_DIM, ACTION_DIM, 1, STATE_DIM, 1)
 
 
 @dataclass
@@ -54,11 +55,10 @@ class Args:
 
 
 def random_data(device, N=N):
-    """Columns as load_dataset returns them."""
-    shapes = {"obs": (STATE_DIM,), "action": (ACTION_DIM,), "reward": (), "next_obs": (STATE_DIM,), "terminal": ()}
-    data = {name: torch.randn(N, *shape, device=device) for name, shape in shapes.items()}
-    data["action"].tanh_()
-    data["terminal"] = (data["terminal"] > 3).float()
+    """Transitions as load_dataset returns them."""
+    data = torch.randn(N, sum(SIZES), device=device)
+    data[:, STATE_DIM : STATE_DIM + ACTION_DIM].tanh_()
+    data[:, -1] = (data[:, -1] > 3).float()
     return data
 
 
@@ -98,8 +98,9 @@ class PlainBehavior(nn.Module):
         return self.last(F.mish(x))
 
 
-def plain_minibatches(data, batch_size):
-    """Walks through a shuffled data set."""
+def plain_minibatches(data, batch_size, names=COLUMNS):
+    """Walks through a shuffled data set, a tensor for each column as in the released code."""
+    data = {name: x.contiguous() for name, x in zip(COLUMNS, data.split(SIZES, dim=1)) if name in names}
     while True:
         for index in torch.randperm(N, device=data["obs"].device).split(batch_size)[:-1]:
             yield {name: x[index] for name, x in data.items()}
@@ -120,7 +121,7 @@ def plain_critic(data, args, device):
         v_optimizer.zero_grad(set_to_none=True)
         v_loss.backward()
         v_optimizer.step()
-        backup = b["reward"][:, None] + 0.99 * (1 - b["terminal"][:, None]) * next_v
+        backup = b["reward"] + 0.99 * (1 - b["terminal"]) * next_v
         q_loss = sum(F.mse_loss(x, backup) for x in q(b["obs"], b["action"])) / 2
         q_optimizer.zero_grad(set_to_none=True)
         q_loss.backward()
@@ -154,7 +155,7 @@ def plain_actor(data, args, device):
     q_target, model = PlainTwinQ().to(device), PlainBehavior().to(device).eval()
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.steps)
-    batches = plain_minibatches({"obs": data["obs"]}, args.batch_size)
+    batches = plain_minibatches(data, args.batch_size, ["obs"])
 
     def update():
         s = next(batches)["obs"]
@@ -185,8 +186,8 @@ def our_critic(data, args, device, seeds, betas):
     window = torch.zeros(len(srpo_critic.METRICS), seeds, device=device)
 
     def draw():
-        index = torch.randint(len(data["obs"]), (seeds, args.batch_size), device=device)
-        return [column[index] for column in data.values()]
+        index = torch.randint(len(data), (seeds, args.batch_size), device=device)
+        return data[index].split(SIZES, dim=-1)
 
     return srpo_critic.make_update(args, critic, optimizer, draw, window, 0), critic, optimizer, window
 
@@ -198,8 +199,8 @@ def our_behavior(data, args, device, seeds, betas):
     window = torch.zeros(len(srpo_behavior.METRICS), seeds, device=device)
 
     def draw():
-        index = torch.randint(len(data["obs"]), (seeds, args.batch_size), device=device)
-        s, a = data["obs"][index], data["action"][index]
+        index = torch.randint(len(data), (seeds, args.batch_size), device=device)
+        s, a, *_ = data[index].split(SIZES, dim=-1)
         t = torch.empty(seeds, args.batch_size, 1, device=device).uniform_(0.001, 1)
         return s, a, t, torch.randn_like(a)
 
@@ -209,17 +210,17 @@ def our_behavior(data, args, device, seeds, betas):
 def our_actor(data, args, device, seeds, betas):
     R, args.beta, args.q_grad_norm = seeds * betas, tuple(0.01 * (k + 1) for k in range(betas)), "none"
     policy = srpo_actor.mlp([STATE_DIM, 256, 256, ACTION_DIM], R).append(nn.Tanh()).to(device)
-    q_target = srpo_actor.TwinQ(STATE_DIM, ACTION_DIM, seeds).to(device).requires_grad_(False)
+    q_target = srpo_actor.mlp([ACTION_DIM + STATE_DIM, 256, 256, 1], 2 * seeds).to(device).requires_grad_(False)
     behavior = srpo_actor.BehaviorModel(STATE_DIM, ACTION_DIM, seeds, "eps").to(device).requires_grad_(False).eval()
     beta = torch.tensor(args.beta, device=device).repeat(seeds).view(-1, 1, 1)
     lr, fast = torch.tensor(args.lr, device=device), {"fused": True, "capturable": device.type == "cuda"}
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr, **fast)
-    window = torch.zeros(len(srpo_actor.METRICS), R, device=device)
+    window, obs = torch.zeros(len(srpo_actor.METRICS), R, device=device), data[:, :STATE_DIM].clone()
 
     def draw():
-        index = torch.randint(len(data["obs"]), (R, args.batch_size), device=device)
+        index = torch.randint(len(obs), (R, args.batch_size), device=device)
         t = torch.empty(R, args.batch_size, 1, device=device).uniform_(0.02, 0.98)
-        return data["obs"][index], t, torch.randn(R, args.batch_size, ACTION_DIM, device=device)
+        return obs[index], t, torch.randn(R, args.batch_size, ACTION_DIM, device=device)
 
     update = srpo_actor.make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, 0)
     return update, policy, optimizer, window
@@ -337,7 +338,7 @@ def load_set(id):
     data, _ = srpo_critic.load_dataset(id, None, False, "cpu")
     seconds = time.perf_counter() - start
     peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    return {"seconds": seconds, "peak_over_tensors": peak / sum(x.nbytes for x in data.values())}
+    return {"seconds": seconds, "peak_over_tensors": peak / data.nbytes}
 
 
 def measure_loading():
@@ -353,9 +354,9 @@ def measure_loading():
 
 def measure_evaluation(quick):
     """Environment steps per second of evaluate(), for one and two workers: workers -> steps/s."""
-    environment = {"id": "HalfCheetah-v5", "kwargs": {}, "max_episode_steps": 200 if quick else 1000}
+    environment = {"id": "HalfCheetah-v5", "kwargs": {}, "max_episode_steps": 200 if quick else 1000, "wrappers": []}
     space = gym.spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float64)
-    info = {"maze": False, "reference": (0, 1), "observation_space": serialize_space(space)}
+    info = {"maze": False, "reference": (0, 1), "observation_space": serialize_space(space), "state_dim": STATE_DIM}
     info |= {"obs_mean": [0.0] * STATE_DIM, "obs_std": [1.0] * STATE_DIM}
     info |= {"action_low": [-1.0] * ACTION_DIM, "action_high": [1.0] * ACTION_DIM}
     policy = [x[0].numpy() for x in srpo_actor.mlp([STATE_DIM, 256, 256, ACTION_DIM], 1).state_dict().values()]

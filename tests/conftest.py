@@ -12,7 +12,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side, on one thread
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import gymnasium as gym
-import httpx2
 import minari
 import numpy as np
 import pytest
@@ -45,6 +44,14 @@ def create(id, episodes, **kwargs):
 def stacked(obs):
     """A list of observations as arrays, in the same dictionaries."""
     return {key: stacked([o[key] for o in obs]) for key in obs[0]} if isinstance(obs[0], dict) else np.stack(obs)
+
+
+def columns(data, info):
+    """load_dataset's transitions by name: obs, next_obs [N, S], action [N, A], reward, terminal [N]."""
+    S, A = info["state_dim"], info["action_dim"]
+    obs, action, reward, next_obs, terminal = data.split([S, A, 1, S, 1], dim=1)
+    both = {"obs": obs, "action": action, "reward": reward[:, 0], "next_obs": next_obs, "terminal": terminal[:, 0]}
+    return both, info
 
 
 def random_episodes(env, n, steps, seed=0):
@@ -84,7 +91,7 @@ def offline(monkeypatch):
     """What a download ends with where there is no network, at once instead of after half a minute of attempts."""
 
     def download_dataset(id, force_download=False):
-        raise httpx2.ConnectError("[Errno -2] Name or service not known")
+        raise ConnectionError("[Errno -2] Name or service not known")
 
     monkeypatch.setattr(hosting, "download_dataset", download_dataset)
 

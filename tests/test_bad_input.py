@@ -14,7 +14,7 @@ from minari.storage import get_dataset_path
 
 VECTOR = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACTION = gym.spaces.Box(-1, 1, (2,), np.float32)
-IMAGE = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
+IMAGE = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +32,8 @@ def bad_data(data_root):
     save("nan", [episode(nan, actions, rewards)])
     save("nan-action", [episode(obs, nan_action, rewards)])
     save("inf-reward", [episode(obs, actions, [0, np.inf, 0])])
-    save("no-last-observation", [episode(obs[:3], actions, rewards)])
+    save("one-observation-too-few", [episode(obs[:2], actions, rewards)])
+    save("two-rewards", [episode(obs, actions, np.zeros((3, 2)))])
     save("no-last-action", [episode(obs, actions[:2], rewards)])
     save("empty", [])
     save_obs("image", IMAGE, images)
@@ -49,6 +50,7 @@ def bad_data(data_root):
         ("matrix", gym.spaces.Box(-1, 1, (2, 2)), np.zeros((3, 2, 2))),
         ("in-dict", gym.spaces.Dict({"x": ACTION}), {"x": actions}),
         ("unbounded", gym.spaces.Box(-np.inf, np.inf, (2,)), actions),
+        ("almost-unbounded", gym.spaces.Box(-3e38, 3e38, (2,)), actions),
         ("half-bounded", gym.spaces.Box(np.float32([-1, 0]), np.float32([1, np.inf])), actions),
     ):
         buffer = episode(obs, np.zeros(3), rewards)
@@ -58,14 +60,16 @@ def bad_data(data_root):
     save("wider", [episode(np.ones((4, 4)), np.zeros((3, 1)), rewards)], wider, other)
 
 
-IMAGES = "has images, or observations of variable size or over 4096 numbers: not supported"
+IMAGES = "has observations of variable size or over 4096 numbers (images): not supported"
+VALUES = "has missing or not finite values, or several rewards per step"
 ACTIONS = "has actions that are not in a bounded one-dimensional Box: only these are supported"
 DATA = {
-    "nan": "has missing or not finite values in obs: repair or leave out their episodes",
-    "nan-action": "has missing or not finite values in action",
-    "inf-reward": "has missing or not finite values in reward",
-    "no-last-observation": "has missing or not finite values in next_obs",
-    "no-last-action": "has missing or not finite values in action",
+    "nan": VALUES,
+    "nan-action": VALUES,
+    "inf-reward": VALUES,
+    "one-observation-too-few": VALUES,
+    "no-last-action": VALUES,
+    "two-rewards": VALUES,
     "image": IMAGES,
     "image-in-dict": IMAGES,
     "image-in-tuple": IMAGES,
@@ -76,6 +80,7 @@ DATA = {
     "actions-in-dict": ACTIONS,
     "actions-unbounded": ACTIONS,
     "actions-half-bounded": ACTIONS,
+    "actions-almost-unbounded": ACTIONS,
     "empty": "no complete data set bad/empty-v0 (",
 }
 FLAGS = {
@@ -94,9 +99,9 @@ FLAGS = {
     ],
     "behavior": [("--steps -5", "--steps -5: must be positive"), ("--device cuda", "finds no CUDA device")],
     "actor": [
-        ("--beta 0", "--beta (0.0,): must be positive"),
-        ("--beta 0.1 -0.5", "--beta (0.1, -0.5): must be positive"),
-        ("--t-range 0 1", "--t-range (0.0, 1.0): must be positive"),
+        ("--beta 0", "--beta 0.0: must be positive"),
+        ("--beta 0.1 -0.5", "--beta -0.5: must be positive"),
+        ("--t-range 0 1", "--t-range 0.0: must be positive"),
         ("--t-range 0.0001 0.5", "must be two times from 0.001 to 1"),
         ("--t-range 0.5 1.1", "must be two times from 0.001 to 1"),
         ("--t-range 0.5 0.4", "the smaller first"),
@@ -130,13 +135,25 @@ def test_bad_input_data(name, message):
 def test_bad_input_missing_data_names_the_command_and_the_folder(tmp_path_factory, monkeypatch):
     empty = tmp_path_factory.mktemp("empty")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(empty))
-    for script in ("srpo_critic.py", "srpo_behavior.py", "srpo_actor.py"):
+    for script in ("srpo_critic.py", "srpo_behavior.py"):
         id = "D4RL/antmaze/umaze-v1"
         message = f"run `minari download {id} --force`, or do so elsewhere and copy it to {empty / id}"
         refused(message, script, "--env", "antmaze-umaze")
         refused("run `python examples/import_d4rl.py FILE.hdf5`", script, "--env", "hopper-medium-replay-v2")
-    for id in ("no/version", "no version", "hopper", "../elsewhere-v0"):
-        refused("error: no complete data set ", "srpo_critic.py", "--env", id)
+    names = [
+        "no/version",
+        "no version",
+        "hopper",
+        "../elsewhere-v0",
+        "hopper_medium",
+        "ant-medium",
+        "mujoco/hopper",
+        "",
+    ]
+    for name in (*names, "hopper-medium-v0", "antmaze-umaze-v0", "v0", "a/-v0"):
+        message = f"error: no task {name!r}: README lists D4RL's names, and Minari ids end in -v and a number"
+        refused(message, "srpo_critic.py", "--env", name)
+        refused("error: no task 'a-v0+b'", "srpo_behavior.py", "--env", "x", "--dataset", "a-v0+b")
     assert not list(empty.iterdir())
 
 
@@ -228,7 +245,7 @@ def test_bad_input_unknown_flag_gets_tyros_message(script, capsys, tmp_path):
 def test_bad_input_is_one_line_for_the_shell():
     done = run("srpo_critic.py", "--env", "bad/nan-v0", check=False)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: bad/nan-v0 has missing")
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: episode 0 of bad/nan-v0 has")
 
 
 def test_bad_input_actor_before_the_other_stages(trained):
@@ -263,17 +280,19 @@ def test_bad_input_environment_that_cannot_be_made(trained):
     Path("runs/cart").mkdir(parents=True)
     for id, reason in (
         ("CartPole-v1", "TypeError("),
-        ("NoSuchEnv-v1", "UnregisteredEnv('NoSuchEnv-v1 is not registered"),
+        ("NoSuchEnv-v1", "KeyError('NoSuchEnv-v1'"),
     ):
-        environment = {"id": id, "kwargs": {"no": 1}, "max_episode_steps": 5}
-        torch.save(artifact | {"environments": {"data": environment, "fixed": environment}}, "runs/cart/actor.pt")
-        refused(f"cannot make {id} ({reason}", "eval.py", "--env", "cart")
+        environment = {"id": id, "kwargs": {"no": 1}, "max_episode_steps": 5, "wrappers": []}
+        artifact["info"]["environments"] = {"data": environment, "fixed": environment}
+        torch.save(artifact, "runs/cart/actor.pt")
+        refused(f"cannot play in {id} ({reason}", "eval.py", "--env", "cart")
 
 
 def test_bad_input_data_without_an_environment(trained):
     artifact = torch.load(trained / "actor.pt", weights_only=True)
     Path("runs/none").mkdir(parents=True)
-    torch.save(artifact | {"environments": None, "reference": None}, "runs/none/actor.pt")
+    artifact["info"] |= {"environments": None, "reference": None}
+    torch.save(artifact, "runs/none/actor.pt")
     refused("the data set of none has no environment to evaluate in", "eval.py", "--env", "none")
 
 
@@ -285,8 +304,6 @@ def actor(trained, *flags):
     "flags, message",
     [
         (("--env", "bad/other-v0"), "critic.pt has env = test/pendulum-v0, not bad/other-v0: run srpo_critic.py"),
-        (("--dataset", "bad/wider-v0"), "critic.pt has fingerprint = "),
-        (("--dataset", "bad/other-v0"), "critic.pt has fingerprint = "),
         (("--num-seeds", 3), "share seeds [0, 1], not [0, 1, 2]: train both on the same"),
         (("--seed", 7), "share seeds [0, 1], not [7]: train both on the same"),
     ],
@@ -329,7 +346,7 @@ def test_bad_input_damaged_artifact(kind, script, trained):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ({"stage": "critic", "format": 1}, "has format = 1, not 4: run srpo_critic.py"),
+        ({"stage": "critic", "format": 4}, "has format = 4, not 5: run srpo_critic.py"),
         ({"weights": {}}, "has stage = None, not critic: run srpo_critic.py"),
     ],
 )

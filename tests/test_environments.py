@@ -50,9 +50,9 @@ def test_every_family_is_trained_on_and_scored(family, id, data_root, tmp_path):
     artifact = load(folder / "actor.pt")
     obs, _ = env.reset(seed=0)
     state = gym.spaces.flatten(env.observation_space, obs)
-    assert artifact["state_dim"] == len(state)
+    assert artifact["info"]["state_dim"] == len(state)
     act = srpo_eval.load_policy(folder / "actor.pt")
-    policy = srpo_eval.make_act([x[0].numpy() for x in artifact["weights"].values()], artifact)
+    policy = srpo_eval.make_act([x[0].numpy() for x in artifact["weights"].values()], artifact["info"])
     np.testing.assert_allclose(act(obs), policy(state), rtol=1e-5, atol=1e-6)
     assert act(obs).shape == env.action_space.shape and env.action_space.contains(act(obs).astype(np.float32))
 
@@ -73,7 +73,7 @@ def test_whatever_an_environment_raises_is_one_line_that_names_it(trained, tmp_p
         with pytest.raises(SystemExit) as e:
             run_here("srpo_actor.py", *flags)
     message = e.value.code
-    assert message.startswith("error: cannot make Pendulum-v1 (") and "\n" not in message and "joint" in message
+    assert message.startswith("error: cannot play in Pendulum-v1 (") and "\n" not in message and "joint" in message
     assert not (tmp_path / "runs" / "test-pendulum2-v0" / "actor.jsonl").exists()
 
 
@@ -84,7 +84,11 @@ def test_no_temporary_file_remains(id, tmp_path, monkeypatch):
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    env = srpo_eval.make_env({"id": id, "kwargs": {}, "max_episode_steps": 5})
+    space = gym.make(id).action_space
+    for path in folder.iterdir():
+        path.unlink()
+    info = {"state_dim": 31 if "Ant" in id else 8, "action_low": space.low.tolist(), "action_high": space.high.tolist()}
+    env = srpo_eval.make_env({"id": id, "kwargs": {}, "max_episode_steps": 5, "wrappers": []}, info)
     env.reset(seed=0)
     env.step(env.action_space.sample())
     assert not list(folder.iterdir()) and tempfile.gettempdir() == str(folder)

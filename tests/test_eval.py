@@ -109,6 +109,11 @@ def test_sample_against_the_transport_map_of_a_mixture(float64):
 # ---- the policies
 
 
+def both_heads(q):
+    """q(s, a) -> [R, 2, B] in the place of the network that twin_q calls, for two actions."""
+    return lambda x: q(x[::2, :, 2:], x[::2, :, :2]).flatten(0, 1).unsqueeze(-1)
+
+
 def test_idql_takes_the_candidate_of_highest_q(float64):
     """Every state has its own candidates and its own best one; the lesser head decides."""
     means = torch.tensor([[-0.5, 0.0], [0.5, 0.0]])  # of the actions in each of two states
@@ -121,11 +126,11 @@ def test_idql_takes_the_candidate_of_highest_q(float64):
 
     behavior.last = types.SimpleNamespace(bias=torch.zeros(1, 1, 2))
 
-    def q_target(s, a):
+    def q(s, a):
         seen.append((s, a))
         return torch.stack([a[..., 1], a[..., 1] + a[..., 0].abs()], dim=1)  # the first head is the lesser
 
-    best = srpo_eval.sample_best(behavior, q_target, torch.tensor([[[0.0], [1.0]]]), 50, 15)
+    best = srpo_eval.sample_best(behavior, both_heads(q), torch.tensor([[[0.0], [1.0]]]), 50, 15)
     ((s, a),) = seen
     assert s.shape == (1, 100, 1) and a.shape == (1, 100, 2) and a.abs().max() <= 1
     for i in range(2):
@@ -142,7 +147,7 @@ def arrays(network):
 def test_a_model_of_v_is_sampled_through_its_noise():
     """v = 0 everywhere belongs to actions of N(0, 1), whose ODE moves nothing: the noise is the action."""
     torch.manual_seed(0)
-    behavior, q = srpo_eval.BehaviorModel(3, 2, 1, "v"), srpo_eval.TwinQ(3, 2, 1)
+    behavior, q = srpo_eval.BehaviorModel(3, 2, 1, "v"), srpo_eval.mlp([5, 256, 256, 1], 2)
     for x in behavior.last.parameters():
         x.requires_grad_(False).zero_()
     info = {"state_dim": 3, "action_dim": 2, "obs_mean": [5.0] * 3, "obs_std": [2.0] * 3}
@@ -169,7 +174,8 @@ def test_policy_distance_of_a_known_policy(float64):
     behavior.last = types.SimpleNamespace(bias=torch.zeros(1, 1, 2))
     s = torch.tensor([[0.1, -0.3], [-0.5, 0.3]]).repeat(1000, 1)
     step = torch.tensor([0.5, 0.0])
-    row = compare(lambda s: s + step, behavior, lambda s, a: torch.stack([a[..., 0], 7 - a[..., 1]], 1), s, 32, 30)
+    q_target = both_heads(lambda s, a: torch.stack([a[..., 0], 7 - a[..., 1]], 1))
+    row = compare(lambda s: s + step, behavior, q_target, s, 32, 30)
     largest = 2.0697  # expected maximum of 32 standard normals; the first head, always the lesser, chooses
     expected = 0.125, 0.01 * 31 / 32, 3.5 + 0.25 - 0.1, 3.5 - 0.1, 3.5 - 0.1 + 0.1 * largest / 2
     assert [float(x) for x in row] == pytest.approx(expected, abs=8e-3)
@@ -255,7 +261,7 @@ def test_the_policies_act_in_the_units_of_the_environment(trained):
     mean, std, obs = [1.0, -2.0, 3.0], [0.5, 2.0, 4.0], np.random.default_rng(0).standard_normal((200, 3))
     action = []
     for normal, states in ([[0.0] * 3, [1.0] * 3], obs), ([mean, std], mean + std * obs):
-        info = behavior | dict(zip(("obs_mean", "obs_std"), normal)) | {"predict": "eps"}
+        info = behavior["info"] | dict(zip(("obs_mean", "obs_std"), normal)) | {"predict": "eps"}
         torch.manual_seed(0)
         action.append(srpo_eval.make_sampling_act(weights, info, candidates=4, steps=5)(states))
     assert action[0].shape == (200, 1) and 1.5 < np.abs(action[0]).max() <= 2
@@ -317,7 +323,8 @@ class Corridor(gym.Env):
 def test_ways_are_the_positions_of_an_episode():
     gym.register("Corridor-v0", entry_point=Corridor)
     info = {"maze": True, "observation_space": serialize_space(Corridor.observation_space)}
-    environment = {"id": "Corridor-v0", "kwargs": {}, "max_episode_steps": 20}
+    info |= {"state_dim": 4, "action_low": [-1.0], "action_high": [1.0]}
+    environment = {"id": "Corridor-v0", "kwargs": {}, "max_episode_steps": 20, "wrappers": []}
     for speed, steps, success in ((1, 9, True), (0.1, 20, False)):
         way = srpo_eval.trace(lambda weights, info, v=speed: lambda obs: [[v]], None, info, environment, 0)
         assert way["goal"] == [9, 1] and way["success"] == success
@@ -489,8 +496,8 @@ def test_samples_picture_has_a_line_per_prediction(tmp_path):
         folder = tmp_path / f"{predict}-{steps}"
         folder.mkdir()
         flags = {"predict": predict, "steps": steps, "batch_size": 100_000}
-        torch.save({"stage": "behavior", "format": 4, "args": flags}, folder / "behavior.pt")
-        torch.save({"stage": "actor", "format": 4, "args": {"behavior": None}}, folder / "actor.pt")
+        torch.save({"stage": "behavior", "format": 5, "args": flags}, folder / "behavior.pt")
+        torch.save({"stage": "actor", "format": 5, "args": {"behavior": None}}, folder / "actor.pt")
         rows = [{"policy": "srpo", "score_mean": score, "score_std": 1.0}, SUMMARY[-1]]
         (folder / "eval.json").write_text(json.dumps(SCORES | {"summary": rows}))
     ax = draw(*gather(sorted(tmp_path.iterdir()))).axes[0]

@@ -137,7 +137,7 @@ def test_critic(domain):
     args = srpo_critic.Args(env="", expectile=want["expectile"])
     optimizer = torch.optim.Adam(q + v, lr=torch.tensor(args.lr), fused=True)
     window = torch.zeros(len(srpo_critic.METRICS), 1)
-    batch = x["s"], x["a"], x["r"][..., 0], x["next_s"], x["done"][..., 0]
+    batch = x["s"], x["a"], x["r"], x["next_s"], x["done"]
     srpo_critic.make_update(args, critic, optimizer, lambda: batch, window, 0)()
 
     metrics = dict(zip(srpo_critic.METRICS, window[:, 0].tolist()))
@@ -169,7 +169,7 @@ def test_behavior():
 @pytest.mark.parametrize("want", GOLDEN["actor"]["variants"], ids=lambda v: "-".join(map(str, list(v.values())[:4])))
 def test_actor(want):
     x = inputs()
-    q_target = srpo_actor.TwinQ(S, A, 1)
+    q_target = srpo_actor.mlp([A + S, 256, 256, 1], 2)
     q_target.load_state_dict(golden_critic().q_target.state_dict())
     behavior, _ = golden_behavior(srpo_actor)
     policy = srpo_actor.mlp([S] + [256] * want["hidden_layers"] + [A], 1).append(nn.Tanh())

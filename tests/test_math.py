@@ -25,7 +25,7 @@ def float64():
 
 def stub_critic(q, q_target, v):
     """A critic of given values: q [R, 2, B], q_target [R, 2, B], v: function of the states."""
-    return SimpleNamespace(q=lambda s, a: q, q_target=lambda s, a: q_target, v=v)
+    return SimpleNamespace(q=lambda x: q, q_target=lambda x: q_target, v=v)
 
 
 @pytest.mark.parametrize("expectile", [0.5, 0.7, 0.9])
@@ -37,13 +37,15 @@ def test_v_loss_is_least_at_the_sample_expectile(expectile):
         balance = expectile * (x - m).clamp(min=0).sum() - (1 - expectile) * (m - x).clamp(min=0).sum()
         low, high = (m, high) if balance > 0 else (low, m)
     v = torch.zeros(1, requires_grad=True)
-    s, zeros = torch.zeros(1, 500, 2), torch.zeros(1, 500)
-    critic = stub_critic(zeros[:, None], torch.stack([x + 1, x], dim=1), lambda s: v.expand(1, 500, 1))
+    s, zeros, none = torch.zeros(1, 500, 2), torch.zeros(1, 500), torch.zeros(1, 500, 1)
+    critic = stub_critic(
+        torch.stack([zeros, zeros], dim=1), torch.stack([x + 1, x], dim=1), lambda s: v.expand(1, 500, 1)
+    )
     optimizer = torch.optim.LBFGS([v], lr=0.5, max_iter=500, tolerance_grad=1e-14, tolerance_change=0)
 
     def closure():
         optimizer.zero_grad()
-        loss = srpo_critic.critic_loss(critic, s, s, zeros, s, zeros, 0.99, expectile)[0].sum()
+        loss = srpo_critic.critic_loss(critic, s, s, none, s, none, 0.99, expectile)[0].sum()
         loss.backward()
         return loss
 
@@ -52,7 +54,7 @@ def test_v_loss_is_least_at_the_sample_expectile(expectile):
 
 
 def test_time_outs_bootstrap_and_terminations_do_not():
-    r, terminal = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0]])
+    r, terminal = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[0.0], [1.0]]])
     q = torch.tensor([[[3.0, 5.0], [4.0, 7.0]]])
     critic = stub_critic(q, q, lambda s: s[..., :1])
     s_next = torch.tensor([[[10.0], [20.0]]])
@@ -63,10 +65,10 @@ def test_time_outs_bootstrap_and_terminations_do_not():
 
 def test_polyak_step():
     critic = srpo_critic.Critic(3, 2, 1)
-    critic.q_target.load_state_dict(srpo_critic.TwinQ(3, 2, 1).state_dict())
+    critic.q_target.load_state_dict(srpo_critic.Critic(3, 2, 1).q.state_dict())
     before = [p.clone() for p in critic.q_target.parameters()]
     optimizer = torch.optim.Adam([p for p in critic.parameters() if p.requires_grad], lr=0.1)
-    batch = [torch.randn(1, 8, 3), torch.randn(1, 8, 2), torch.randn(1, 8), torch.randn(1, 8, 3), torch.zeros(1, 8)]
+    batch = [torch.randn(1, 8, n) for n in (3, 2, 1, 3)] + [torch.zeros(1, 8, 1)]
     args = srpo_critic.Args(env="", expectile=0.7)
     srpo_critic.make_update(args, critic, optimizer, lambda: batch, torch.zeros(5, 1), 0)()
     for old, new, online in zip(before, critic.q_target.parameters(), critic.q.parameters()):
@@ -227,8 +229,8 @@ def test_training_reaches_the_optimum_of_eq14(baseline, tolerance):
     policy = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 1), nn.Tanh())
     optimizer = torch.optim.Adam(policy.parameters(), lr=torch.tensor(args.lr))
 
-    def q(s, a):
-        return (-k / 2 * (a - a_best) ** 2).squeeze(-1)[:, None].expand(-1, 2, -1)
+    def q(x):  # [2R, B, A + S], both heads alike
+        return -k / 2 * (x[..., :1] - a_best) ** 2
 
     def draw():
         return torch.randn(1, 256, 2), torch.full((1, 256, 1), t), torch.randn(1, 256, 1)
@@ -281,7 +283,7 @@ def test_steps_follow_the_cosine(stage, decay, start):
     """Each step takes the rate of its number, also where a run goes on; the actor's rate decays always."""
     args = SimpleNamespace(lr=0.01, steps=20, lr_decay=decay, gamma=0.99, expectile=0.7, tau=0.005, beta=[0.1])
     args.weight, args.baseline, args.q_grad_norm = "sigma2", True, "none"
-    s, a, t, r = torch.randn(1, 4, 3), torch.randn(1, 4, 2), torch.rand(1, 4, 1), torch.randn(1, 4)
+    s, a, t, r = torch.randn(1, 4, 3), torch.randn(1, 4, 2), torch.rand(1, 4, 1), torch.randn(1, 4, 1)
     if stage == "critic":
         module, net = srpo_critic, srpo_critic.Critic(3, 2, 1)
         between, batch = (), (s, a, r, s, 0 * r)
@@ -290,7 +292,7 @@ def test_steps_follow_the_cosine(stage, decay, start):
         between, batch = (), (s, a, t, torch.randn_like(a))
     else:
         module, net = srpo_actor, srpo_actor.mlp([3, 8, 2], 1)
-        between, batch = (srpo_actor.TwinQ(3, 2, 1), gaussian(0, 1)), (s, t, torch.randn_like(a))
+        between, batch = (srpo_actor.mlp([5, 8, 1], 2), gaussian(0, 1)), (s, t, torch.randn_like(a))
     trained = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=torch.tensor(args.lr))  # its steps show the rate
     beta = (torch.full((1, 1, 1), 0.1),) if stage == "actor" else ()

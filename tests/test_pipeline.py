@@ -98,7 +98,7 @@ def test_the_main_parts_set_up_what_the_paper_says(trained):
     tiny = (*TINY, "--steps", 1, "--lr", 1e-9, "--out-dir", "one")
     names = run_here("srpo_critic.py", *tiny, "--num-seeds", 3)
     assert type(names["optimizer"]) is torch.optim.Adam and names["about"]["seeds"] == [0, 1, 2]
-    assert_initial(names["critic"], inputs={"q.net.0": 4, "q_target.net.0": 4, "v.0": 3})
+    assert_initial(names["critic"], inputs={"q.0": 4, "q_target.0": 4, "v.0": 3})
     for name, x in names["critic"].q.state_dict().items():  # the targets begin as copies
         torch.testing.assert_close(names["critic"].q_target.state_dict()[name], x, rtol=1e-5, atol=1e-6)
 
@@ -133,7 +133,7 @@ def assert_initial(network, inputs):
 def test_the_updates_bring_nothing_to_the_host(monkeypatch):
     """With every way from a tensor to a Python value blocked, which on CUDA would be a synchronisation."""
     nets = srpo_critic.Critic(3, 1, 1), srpo_behavior.BehaviorModel(3, 1, 1, "v"), srpo_actor.mlp([3, 8, 1], 1)
-    frozen = srpo_actor.TwinQ(3, 1, 1), srpo_actor.BehaviorModel(3, 1, 1, "v").eval()
+    frozen = srpo_actor.mlp([4, 8, 1], 2), srpo_actor.BehaviorModel(3, 1, 1, "v").eval()
     args = SimpleNamespace(gamma=0.9, expectile=0.7, tau=0.1, weight="one", baseline=True, q_grad_norm="rms")
     args.lr, args.steps, args.beta, args.lr_decay = 0.1, 10, [0.1], True
     beta, rates = torch.ones(1, 1, 1), [torch.tensor(0.1) for _ in nets]
@@ -142,7 +142,7 @@ def test_the_updates_bring_nothing_to_the_host(monkeypatch):
         for net, lr in zip(nets, rates)
     ]
     s, a, r, t, eps = torch.zeros(1, 8, 3), torch.zeros(1, 8, 1), *torch.rand(3, 1, 8, 1)
-    columns = s, a, r[..., 0], s, r[..., 0]
+    columns = s, a, r, s, r
     updates = [
         srpo_critic.make_update(args, nets[0], adams[0], lambda: columns, torch.zeros(5, 1), 0),
         srpo_behavior.make_update(args, nets[1], adams[1], lambda: (s, a, t, eps), torch.zeros(1, 1), 0),
@@ -400,9 +400,8 @@ def torch_policy(artifact, replica):
     """act(raw observations [B, S]) -> actions, by PyTorch alone."""
     state = list(artifact["weights"].values())
     layers = [(weight[replica].double(), bias[replica].double()) for weight, bias in zip(state[::2], state[1::2])]
-    mean, std, low, high = (
-        torch.tensor(artifact[name]).double() for name in ("obs_mean", "obs_std", "action_low", "action_high")
-    )
+    names = ("obs_mean", "obs_std", "action_low", "action_high")
+    mean, std, low, high = (torch.tensor(artifact["info"][name]).double() for name in names)
 
     def act(obs):
         x = (torch.as_tensor(np.asarray(obs)).double() - mean) / std
@@ -438,15 +437,15 @@ def test_scores_against_episodes_played_by_hand(trained, tmp_path):
         gym.make("Pendulum-v1", max_episode_steps=40), 5, 40
     )
     rows = np.concatenate([e.observations[:-1] for e in episodes])  # the data, made anew
-    np.testing.assert_allclose(artifact["obs_mean"], rows.mean(axis=0), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(artifact["obs_std"], rows.std(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(artifact["info"]["obs_mean"], rows.mean(axis=0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(artifact["info"]["obs_std"], rows.std(axis=0), rtol=1e-4)
 
     last, table = lines(folder / "actor.jsonl")[-1], json.loads((folder / "eval.json").read_text())["policies"]
     for r in range(4):
         act = torch_policy(artifact, r)
         assert last["eval/return"][r] == pytest.approx(play(act, range(3)), rel=1e-4)
         assert table[r]["return"] == pytest.approx(play(act, range(1_000_000, 1_000_002)), rel=1e-4)
-        raw = torch_policy(artifact | {"obs_mean": [0.0] * 3, "obs_std": [1.0] * 3}, r)
+        raw = torch_policy(artifact | {"info": artifact["info"] | {"obs_mean": [0.0] * 3, "obs_std": [1.0] * 3}}, r)
         assert table[r]["return"] != pytest.approx(play(raw, range(1_000_000, 1_000_002)), rel=1e-4)
 
 
@@ -493,7 +492,7 @@ def test_load_policy_takes_raw_observations_one_or_a_batch(data_root, tmp_path):
     batch = {k: x[:7] if k == "a" else {n: y[:7] for n, y in x.items()} for k, x in some.items()}
     rows = np.concatenate([batch["a"], np.eye(3)[batch["b"]["x"]], batch["b"]["y"].reshape(7, 4)], axis=1)
     act, expected = srpo_eval.load_policy(path), torch_policy(load(path), 0)(rows)
-    assert expected.std(axis=0).min() > 0 and np.abs(load(path)["obs_mean"]).max() > 2
+    assert expected.std(axis=0).min() > 0 and np.abs(load(path)["info"]["obs_mean"]).max() > 2
     np.testing.assert_allclose(act(batch), expected, rtol=1e-4)
     one = {"a": batch["a"][3], "b": {"x": batch["b"]["x"][3], "y": batch["b"]["y"][3]}}
     np.testing.assert_allclose(act(one), expected[3], rtol=1e-4)
@@ -546,9 +545,10 @@ def test_tasks_of_the_paper_go_through_all_stages(kind, data_root, tmp_path):
         extra = ("--eval-every", 5, "--eval-episodes", 2, "--eval-env", "data", "--eval-workers", 1)
         run_here(f"srpo_{stage}.py", "--env", env, *small, *(extra if stage == "actor" else ()))
         artifact = load(folder / f"{stage}.pt")
-        assert (artifact["state_dim"], artifact["fingerprint"][0], artifact["format"]) == (state_dim, size, 4)
+        info = artifact["info"]
+        assert (info["state_dim"], info["fingerprint"][0], artifact["format"]) == (state_dim, size, 5)
         assert found.items() <= artifact["args"].items()
-        assert set(artifact["obs_mean"]) == {0} and set(artifact["obs_std"]) == {1}
+        assert set(info["obs_mean"]) == {0} and set(info["obs_std"]) == {1}
     returns = {}
     for where, flag in (("fixed", ("--eval-env", "fixed")), ("data", ())):  # as the actor had it
         run_here("eval.py", "--env", env, "--episodes", 3, "--workers", 1, *flag)
@@ -563,19 +563,17 @@ def test_tasks_of_the_paper_go_through_all_stages(kind, data_root, tmp_path):
         assert result["policies"][0]["score"] == pytest.approx(100 * (returns["data"] + 20.272305) / 3254.572305)
 
 
-def test_normalize_obs_is_a_flag_and_all_stages_must_agree(trained, tmp_path):
+def test_normalize_obs_is_a_flag(tmp_path):
     run_here("srpo_critic.py", *TINY, "--steps", 1, "--no-normalize-obs")
-    artifact = load(tmp_path / "runs" / FOLDER / "critic.pt")
-    assert artifact["obs_mean"] == [0, 0, 0] and artifact["obs_std"] == [1, 1, 1]
-    with pytest.raises(SystemExit, match="obs_mean"):
-        run_here("srpo_actor.py", *TINY, "--steps", 1, *paths(trained), "--no-normalize-obs")
+    info = load(tmp_path / "runs" / FOLDER / "critic.pt")["info"]
+    assert info["obs_mean"] == [0, 0, 0] and info["obs_std"] == [1, 1, 1]
 
 
 def test_scores_do_not_depend_on_the_number_of_workers(trained):
     artifact = load(trained / "actor.pt")
     policies = [[x[r].numpy() for x in artifact.pop("weights").values()] for r in range(1)]
     policies.append([-x for x in policies[0]])
-    info, environment = artifact, artifact["environments"]["fixed"]
+    info, environment = artifact["info"], artifact["info"]["environments"]["fixed"]
     one, two = (
         srpo_eval.evaluate(srpo_eval.make_act, policies, info, environment, range(25), n) for n in (1, 2)
     )  # three chunks
@@ -587,8 +585,9 @@ def test_scores_do_not_depend_on_the_number_of_workers(trained):
 def test_environments_are_made_without_a_word(capfd, tmp_path):
     """Not even AntMaze's about its newer version, and MuJoCo leaves no file."""
     with warnings.catch_warnings(action="error"):
-        for id in ("HalfCheetah-v5", "AntMaze_UMaze-v4"):
-            srpo_eval.make_env({"id": id, "kwargs": {}, "max_episode_steps": 5})
+        for id, S, A in (("HalfCheetah-v5", 17, 6), ("AntMaze_UMaze-v4", 31, 8)):
+            info = {"state_dim": S, "action_low": [-1.0] * A, "action_high": [1.0] * A}
+            srpo_eval.make_env({"id": id, "kwargs": {}, "max_episode_steps": 5, "wrappers": []}, info)
     assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
@@ -615,8 +614,9 @@ def test_eval_and_training_play_different_episodes(trained, monkeypatch, tmp_pat
 def test_dictionaries_that_are_no_mazes(data_root):
     """Vectors in a dictionary, in an environment that has no goal."""
     gym.register("Dictionary-v0", entry_point=Dictionary, max_episode_steps=5)
-    environment = {"id": "Dictionary-v0", "kwargs": {}, "max_episode_steps": 5}
+    environment = {"id": "Dictionary-v0", "kwargs": {}, "max_episode_steps": 5, "wrappers": []}
     info = {"observation_space": serialize_space(Dictionary.observation_space), "maze": False}
+    info |= {"state_dim": 2, "action_low": [0.0], "action_high": [9.0]}
     result = srpo_eval.rollout(lambda weights, info: lambda obs: obs[:, :1], None, info, environment, [0, 1])
     assert result.tolist() == [[15.0, 0, 5]] * 2  # the sum of 1, ..., 5
 
@@ -638,10 +638,10 @@ def test_maze_episodes_end_at_success_and_score_it():
     """A policy of constant force, in a corridor that leads to the goal or away from it."""
     maze = [[1, 1, 1, 1, 1], [1, "r", 0, "g", 1], [1, 1, 1, 1, 1]]
     kwargs = {"maze_map": maze, "continuing_task": True, "reset_target": False}
-    environment = {"id": "PointMaze_UMaze-v3", "kwargs": kwargs, "max_episode_steps": 100}
-    space = srpo_eval.make_env(environment).observation_space
+    environment = {"id": "PointMaze_UMaze-v3", "kwargs": kwargs, "max_episode_steps": 100, "wrappers": []}
     info = {"maze": True, "reference": (0.0, 1.0), "action_low": [-1.0, -1.0], "action_high": [1.0, 1.0]}
-    info |= {"obs_mean": [0.0] * 8, "obs_std": [1.0] * 8, "observation_space": serialize_space(space)}
+    info |= {"obs_mean": [0.0] * 8, "obs_std": [1.0] * 8, "state_dim": 8}
+    info |= {"observation_space": serialize_space(srpo_eval.make_env(environment, info).observation_space)}
     policies = [[np.zeros((8, 2), np.float32), np.float32([[x, 0]])] for x in (9, -9)]
     result = srpo_eval.evaluate(srpo_eval.make_act, policies, info, environment, range(3), 1)
     assert result["eval/score"] == [100, 0] and result["eval/success"] == [1, 0]
@@ -668,7 +668,7 @@ def test_actor_and_eval_follow_what_the_behavior_model_predicts(trained, tmp_pat
 
     run_here("eval.py", "--env", "test/pendulum-v0", "--policy", "behavior", "--episodes", 2, "--workers", 1)
     (row,) = json.loads((tmp_path / "runs" / FOLDER / "eval.json").read_text())["policies"]
-    info = load(tmp_path / "runs" / FOLDER / "actor.pt")
+    info = load(tmp_path / "runs" / FOLDER / "actor.pt")["info"]
     mean, std = (np.float32(info[name]) for name in ("obs_mean", "obs_std"))
 
     def act(predict, obs, noise):

@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import columns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,8 +27,9 @@ class Episode(SimpleNamespace):
 class Recording(list):
     """Episodes in the place of a Minari data set."""
 
-    observation_space, env_spec = VECTOR, None
+    observation_space, env_spec, storage = VECTOR, None, SimpleNamespace(metadata={})
     action_space = gym.spaces.Box(-2, 4, (1,), np.float32)
+    total_steps = property(lambda self: sum(map(len, self)))
 
 
 def random_data(structure, seed):
@@ -48,7 +50,7 @@ def random_data(structure, seed):
 def load(episodes, normalize_obs=False):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(srpo_critic, "open_dataset", lambda id: episodes)
-        return srpo_critic.load_dataset("some/set-v0", None, normalize_obs, "cpu")
+        return columns(*srpo_critic.load_dataset("some/set-v0", None, normalize_obs, "cpu"))
 
 
 @given(EPISODES, st.integers(0, 99))

@@ -20,6 +20,10 @@ def policy(R, hidden_layers=2):
     return srpo_actor.mlp([S] + [256] * hidden_layers + [A], R).append(nn.Tanh())
 
 
+def twin_q(R):
+    return srpo_actor.mlp([A + S, 256, 256, 1], 2 * R)
+
+
 def behavior_model(R, module=srpo_behavior):
     return module.BehaviorModel(S, A, R, "eps")
 
@@ -84,10 +88,10 @@ def part(state, prefix):
 
 def test_critic_equals_plain_networks():
     critic, s, a = BUILD["critic"](3), torch.randn(3, B, S), torch.randn(3, B, A)
-    q, v, state = critic.q(s, a), critic.v(s), critic.state_dict()
+    q, v, state = srpo_critic.twin_q(critic.q, s, a), critic.v(s), critic.state_dict()
     for r in range(3):
         torch.testing.assert_close(v[r], plain_mlp(replica(part(state, "v."), r, 3))(s[r]))
-        heads = replica(part(state, "q.net."), r, 3)
+        heads = replica(part(state, "q."), r, 3)
         for head in range(2):
             net = plain_mlp(heads, head)
             torch.testing.assert_close(q[r, head], net(torch.cat([a[r], s[r]], dim=-1))[:, 0])
@@ -149,7 +153,7 @@ def behavior_update(net, R, draw):
 
 def actor_update(net, R, draw, betas=(0.05,), frozen=None):
     """frozen: the state dictionaries of target Qs and behaviour model, for R / len(betas) seeds."""
-    nets = srpo_actor.TwinQ(S, A, R // len(betas)), behavior_model(R // len(betas), srpo_actor).eval()
+    nets = twin_q(R // len(betas)), behavior_model(R // len(betas), srpo_actor).eval()
     for network, state in zip(nets, frozen or [n.state_dict() for n in nets]):
         network.requires_grad_(False).load_state_dict(state)
     optimizer = torch.optim.Adam(net.parameters(), lr=torch.tensor(1e-3))
@@ -160,7 +164,7 @@ def actor_update(net, R, draw, betas=(0.05,), frozen=None):
 
 def frozen_networks(seeds):
     torch.manual_seed(5)
-    return srpo_actor.TwinQ(S, A, seeds).state_dict(), behavior_model(seeds, srpo_actor).state_dict()
+    return twin_q(seeds).state_dict(), behavior_model(seeds, srpo_actor).state_dict()
 
 
 def pick(state, r, of):
@@ -174,7 +178,7 @@ UPDATE = {"critic": critic_update, "behavior": behavior_update, "actor": actor_u
 def batch(stage, R):
     s, a, t = torch.randn(R, B, S), torch.randn(R, B, A), torch.rand(R, B, 1)
     if stage == "critic":
-        return s, a, torch.randn(R, B), torch.randn(R, B, S), (torch.rand(R, B) > 0.5).float()
+        return s, a, torch.randn(R, B, 1), torch.randn(R, B, S), (torch.rand(R, B, 1) > 0.5).float()
     return (s, a, t, torch.randn(R, B, A)) if stage == "behavior" else (s, t, torch.randn(R, B, A))
 
 
@@ -259,9 +263,10 @@ def test_select_picks_seeds_in_the_order_asked():
 def drawn(stage, *flags):
     """A draw of 256 of 200 transitions for 3 replicas, after a short run of the script, and its rows' numbers."""
     names = run_here(f"srpo_{stage}.py", *TINY, "--batch-size", 256, "--steps", 1, *flags)
-    data, batch = names["data"], names["draw"]()
-    same = (data["obs"] == batch[0].flatten(0, 1)[:, None]).all(dim=-1)
-    assert len(data["obs"]) == 200 and (same.sum(dim=1) == 1).all()  # each state is one of the data
+    data, batch = names.get("data"), names["draw"]()
+    obs = names["obs"] if stage == "actor" else data[:, :3]
+    same = (obs == batch[0].flatten(0, 1)[:, None]).all(dim=-1)
+    assert len(obs) == 200 and (same.sum(dim=1) == 1).all()  # each state is one of the data
     index = same.int().argmax(dim=1).view(3, 256)
     for one in index:  # from all of the data, with replacement: 144 different rows are expected
         assert 110 < len(one.unique()) < 170 and one.min() < 10 and one.max() > 189
@@ -277,12 +282,12 @@ def check_noise(t, eps):
 
 
 def test_minibatches_are_rows_of_the_data_and_differ_between_replicas(trained):
-    data, (s, a, r, s_next, terminal), index = drawn("critic", "--num-seeds", 3)
-    for name, x in {"obs": s, "action": a, "reward": r, "next_obs": s_next, "terminal": terminal}.items():
-        assert torch.equal(x, data[name][index])
+    data, batch, index = drawn("critic", "--num-seeds", 3)
+    assert [x.shape for x in batch] == [(3, 256, n) for n in (3, 1, 1, 3, 1)]  # s, a, r, s_next, terminal
+    assert torch.equal(torch.cat(batch, dim=-1), data[index])
 
     data, (s, a, t, eps), index = drawn("behavior", "--num-seeds", 3)
-    assert torch.equal(a, data["action"][index])
+    assert torch.equal(torch.cat([s, a], dim=-1), data[index, :4])
     check_noise(t, eps)
 
     flags = "--eval-every", 0, "--critic", trained / "critic.pt", "--behavior", trained / "behavior.pt"
