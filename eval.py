@@ -419,7 +419,8 @@ if __name__ == "__main__":
     policies = [row for name in dict.fromkeys(args.policy) for row in policies if row[0] == name]
 
     low, high = info["reference"]
-    print(f"{info['env']}, {args.episodes} episodes each in {environment['id']}, --eval-env {args.eval_env};", end=" ")
+    print(f"{info['env']}, {args.episodes} episodes each in {environment['id']}, --eval-env {args.eval_env},", end=" ")
+    print(f"wrappers left out: {environment['left_out'] or 'none'};", end=" ")
     print(f"the score of the data is {100 * (info['data_outcome'] - low) / (high - low):.1f}")
     test = range(args.first_episode, args.first_episode + args.episodes)
     rows, ways, summary, failed = [], [], [], []

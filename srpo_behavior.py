@@ -141,9 +141,10 @@ def load_dataset(env, dataset, normalize_obs, device):
         sys.exit(f"error: {source} has actions that are not in a bounded one-dimensional Box: only these are supported")
     low, high, S, A = bounds.low, bounds.high, gym.spaces.flatdim(space), len(bounds.low)
     maze = spec is not None and "Maze" in spec.id and "achieved_goal" in getattr(space, "spaces", ())
-    data = np.empty((sum(d.total_steps for d in sets), 2 * S + A + 2), np.float32)
+    data = np.empty((sum(d.storage.total_steps for d in sets), 2 * S + A + 2), np.float32)
     episodes, N, clipped, cut = [], 0, 0, 0
-    for i, episode in enumerate(d[k] for d in sets for k in range(len(d))):  # iterating over d would cache 50 kB each
+    parts = [(d, part) for d in sets for part in np.array_split(d.episode_indices, 50)]  # at once: 50 kB of cache each
+    for i, episode in enumerate(x for d, part in parts for x in d.iterate_episodes(part)):
         obs, terminal, T = episode.observations, episode.terminations, len(episode)
         rows = flatten(space, obs)
         if len(rows) == T:  # the last action has no next observation
@@ -156,7 +157,7 @@ def load_dataset(env, dataset, normalize_obs, device):
         action = 2 * (action - low) / np.maximum(high - low, 1e-9) - 1  # -1 if the bounds are equal
         columns = rows[:T], action, episode.rewards[:T], rows[1 : T + 1], terminal[:T]
         fits = {len(x) for x in columns} == {T} and episode.rewards.size == len(episode)
-        block = np.column_stack(columns).astype(np.float32) if fits else np.nan
+        block = np.column_stack([np.float32(x) for x in columns]) if fits else np.nan
         if not np.isfinite(block).all():
             sys.exit(f"error: episode {i} of {source} has missing or not finite values, or several rewards per step")
         data[N : N + T], N = block, N + T

@@ -1,5 +1,7 @@
 """load_dataset against plain loops over what was recorded."""
 
+import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +17,7 @@ from conftest import ROOT, TINY, columns, create, episode, random_episodes, run,
 from minari.serialization import deserialize_space
 from minari.storage import get_dataset_path, hosting
 
+import eval as srpo_eval
 import srpo_actor
 import srpo_behavior
 import srpo_critic
@@ -117,6 +120,51 @@ def test_actions_outside_the_bounds_are_clipped_and_counted(data_root, capsys):
     expected = [[0, 0], [1, 1], [1, 0], [-1, 1], [0.5, -1]]
     np.testing.assert_allclose(data["action"], expected, atol=1e-6)
     assert "1 episodes, mean return 0.00, 5 transitions, 3 actions clipped, 0 last steps cut" in capsys.readouterr().out
+
+
+def test_an_episode_without_its_last_observation_loses_its_last_transition(data_root, capsys):
+    """As some public sets have it; the other episodes stay whole."""
+    episodes = random_recording()
+    for i in (1, 2):  # of one step and of seven
+        episodes[i] = dataclasses.replace(episodes[i], observations=episodes[i].observations[:-1])
+    create("test/short-v0", episodes, observation_space=BOX, action_space=ACTION)
+    data, info = load_dataset("test/short-v0", None, False, "cpu")
+    assert "41 transitions, 0 actions clipped, 2 last steps cut" in capsys.readouterr().out
+    np.testing.assert_allclose(data["obs"], np.concatenate([e.observations[:-1] for e in episodes]), rtol=1e-6)
+    np.testing.assert_allclose(data["next_obs"], np.concatenate([e.observations[1:] for e in episodes]), rtol=1e-6)
+    assert info["fingerprint"][0] == 5 + 0 + 6 + 30 and data["terminal"].nonzero().flatten().tolist() == [4]
+
+
+def test_an_action_with_equal_bounds_is_constant(data_root):
+    """A gripper that is held: 0.3 in the data and when the policy acts, whatever else it learns."""
+    bounds = gym.spaces.Box(np.float32([-2, 0.3]), np.float32([2, 0.3]))
+    rng = np.random.default_rng(0)
+    actions = np.stack([rng.uniform(-2, 2, 9), np.full(9, 0.3)], axis=1).astype(np.float32)
+    create(
+        "test/held-v0",
+        [episode(np.zeros((10, 3)), actions, rng.normal(size=9))],
+        observation_space=BOX,
+        action_space=bounds,
+    )
+    data, _ = load_dataset("test/held-v0", None, None, "cpu")
+    np.testing.assert_allclose(data["action"][:, 0], actions[:, 0] / 2, atol=1e-6)
+    assert (data["action"][:, 1] == -1).all()
+    for stage in ("critic", "behavior", "actor"):
+        run_here(f"srpo_{stage}.py", "--env", "test/held-v0", *TINY[2:], "--steps", 5)
+    act = srpo_eval.load_policy("runs/test-held-v0/actor.pt")
+    action = act(rng.normal(size=(20, 3)))
+    assert (action[:, 1] == np.float32(0.3)).all() and np.abs(action[:, 0]).max() < 2
+
+
+def test_the_remedy_of_a_missing_library_is_its_own(data_root, recorded):
+    """Minari's arrow format without pyarrow: a download would not help."""
+    if importlib.util.find_spec("pyarrow"):
+        pytest.skip("pyarrow is installed")
+    create("test/arrow-v0", recorded, observation_space=BOX, action_space=ACTION)
+    path = get_dataset_path("test/arrow-v0") / "data" / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data_format": "arrow"}))
+    found = refusal("test/arrow-v0")
+    assert 'pip install "minari[arrow]"' in found and "minari download" not in found
 
 
 def test_normalisation_is_by_mean_and_deviation_of_the_states(recorded):

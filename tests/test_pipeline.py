@@ -85,6 +85,33 @@ def test_end_to_end(tmp_path):
     assert not list(folder.glob("*.ckpt*")) and not list(folder.glob("*.tmp"))
 
 
+def test_the_actor_needs_no_data_set(tmp_path, tmp_path_factory):
+    """Copied artifacts and an empty folder of data sets: it trains, is scored in training and by eval.py."""
+    for stage in STAGES[:2]:
+        run_here(f"srpo_{stage}.py", *TINY, "--steps", 20, "--num-seeds", 2, "--out-dir", "there")
+    (tmp_path / "runs" / FOLDER).mkdir(parents=True)
+    for stage in STAGES[:2]:
+        shutil.copy(tmp_path / "there" / FOLDER / f"{stage}.pt", tmp_path / "runs" / FOLDER)
+    nothing = {"MINARI_DATASETS_PATH": str(tmp_path_factory.mktemp("nothing"))}
+    run("srpo_actor.py", *TINY, "--steps", 20, "--eval-episodes", 3, **nothing)
+    run("eval.py", "--env", "test/pendulum-v0", "--episodes", 3, "--policy", "srpo", "behavior", **nothing)
+    scores = json.loads((tmp_path / "runs" / FOLDER / "eval.json").read_text())["policies"]
+    assert len(scores) == 4 and all(np.isfinite(row["score"]) for row in scores)
+    assert not any(Path(nothing["MINARI_DATASETS_PATH"]).iterdir())
+
+
+def test_the_finished_behavior_model_holds_its_states(tmp_path):
+    """As it was trained on them, standardised; a checkpoint does not."""
+    interrupted(15, "srpo_behavior.py", *TINY, "--steps", 20, "--checkpoint-every", 10)
+    folder = tmp_path / "runs" / FOLDER
+    assert "obs" not in load(folder / "behavior.ckpt")
+    names = run_here("srpo_behavior.py", *TINY, "--steps", 20, "--checkpoint-every", 10, "--resume")
+    obs = load(folder / "behavior.pt")["obs"]
+    assert torch.equal(obs, names["data"][:, :3]) and obs.shape == (200, 3) and obs.dtype == torch.float32
+    np.testing.assert_allclose(obs.std(dim=0, correction=0), 1, rtol=1e-4)
+    assert (folder / "behavior.pt").stat().st_size < 8e6  # the model has 7 MB: no other column of the data is in it
+
+
 def test_evaluations_come_at_the_first_log_line_after_each_interval_and_at_the_end(trained, tmp_path):
     flags = ("--steps", 45, "--eval-every", 15, "--eval-episodes", 1, "--eval-workers", 1, "--num-seeds", 1)
     run_here("srpo_actor.py", *TINY, *flags, *paths(trained))

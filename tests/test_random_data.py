@@ -10,6 +10,7 @@ from conftest import columns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import eval as srpo_eval
 import srpo_critic
 from examples.import_d4rl import split
 
@@ -27,9 +28,13 @@ class Episode(SimpleNamespace):
 class Recording(list):
     """Episodes in the place of a Minari data set."""
 
-    observation_space, env_spec, storage = VECTOR, None, SimpleNamespace(metadata={})
+    observation_space, env_spec = VECTOR, None
     action_space = gym.spaces.Box(-2, 4, (1,), np.float32)
-    total_steps = property(lambda self: sum(map(len, self)))
+    storage = property(lambda self: SimpleNamespace(metadata={}, total_steps=sum(map(len, self))))
+    episode_indices = property(lambda self: np.arange(len(self)))
+
+    def iterate_episodes(self, indices):
+        return (self[i] for i in indices)
 
 
 def random_data(structure, seed):
@@ -77,6 +82,46 @@ def test_transitions_of_any_episodes(structure, seed):
     assert about["fingerprint"][0] == len(rows) == sum(length for length, *_ in structure)
     assert about["longest_episode"] == max(length for length, *_ in structure)
     assert about["data_outcome"] == pytest.approx(np.mean(returns))
+
+
+LEAVES = st.sampled_from(
+    [
+        gym.spaces.Box(-3, 3, (2,), np.float64),
+        gym.spaces.Box(-1, 1, (), np.float32),
+        gym.spaces.Box(0, 255, (2, 3), np.uint8),
+        gym.spaces.Discrete(4, start=-1),
+        gym.spaces.MultiBinary([2, 2]),
+        gym.spaces.MultiDiscrete([3, 2]),
+        gym.spaces.Text(4, charset="abc"),
+    ]
+)
+SPACES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.dictionaries(st.sampled_from("zyxab"), inner, min_size=1, max_size=3).map(gym.spaces.Dict)
+        | st.lists(inner, min_size=1, max_size=3).map(gym.spaces.Tuple)
+    ),
+    max_leaves=5,
+)
+
+
+def as_stored(space, samples):
+    """Observations of an episode as Minari gives them back: an array, or for Text a list, per part."""
+    if isinstance(space, gym.spaces.Dict):
+        return {key: as_stored(part, [x[key] for x in samples]) for key, part in space.items()}
+    if isinstance(space, gym.spaces.Tuple):
+        return tuple(as_stored(part, [x[i] for x in samples]) for i, part in enumerate(space))
+    return samples if isinstance(space, gym.spaces.Text) else np.stack(samples)
+
+
+@pytest.mark.parametrize("module", [srpo_critic, srpo_eval])
+@given(SPACES, st.integers(1, 4), st.integers(0, 99))
+@SETTINGS
+def test_episodes_are_flattened_as_gymnasium_flattens_each_observation(module, space, T, seed):
+    space.seed(seed)
+    samples = [space.sample() for _ in range(T)]
+    found = module.flatten(space, as_stored(space, samples))
+    assert found.tolist() == [gym.spaces.flatten(space, x).tolist() for x in samples]
 
 
 @given(EPISODES, st.integers(0, 99))

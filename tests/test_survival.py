@@ -481,6 +481,13 @@ def test_bad_input_a_data_set_that_leaves_its_spaces_to_code(marker, data_root):
     assert marker.exists()  # this is what Minari does by itself
 
 
+def test_weights_and_biases_says_in_one_line_that_nobody_is_logged_in(trained, tmp_path):
+    env = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_API_KEY": "", "WANDB_MODE": "online"}
+    done = run("srpo_critic.py", *TINY, "--steps", 5, "--track", check=False, **env)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: W&B cannot log: ")]
+
+
 def test_no_secret_reaches_a_file(trained, tmp_path):
     secret = "0123456789abcdef" * 2 + "01234567"
     run(
