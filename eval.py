@@ -137,9 +137,10 @@ class BehaviorModel(nn.Module):
         x = self.first(torch.cat([a_t, s, time], dim=-1))
         for block in self.blocks:
             x = x + block(x)
-        out = self.last(F.mish(x))
+        if self.predict == "eps":
+            return self.last(F.mish(x))
         alpha, sigma = alpha_sigma(t)
-        return out if self.predict == "eps" else sigma * a_t + alpha * out  # eps = sigma a_t + alpha v
+        return sigma * a_t + alpha * self.last(F.mish(x))  # eps = sigma a_t + alpha v
 
 
 def sample_actions(eps_psi, s, noise, steps):
@@ -182,7 +183,7 @@ def make_act(weights, info):
         x = (np.asarray(obs, np.float32) - mean) / std
         for weight, bias in zip(weights[:-2:2], weights[1:-2:2]):
             x = np.maximum(x @ weight + bias[0], 0)
-        return low + (high - low) * (np.tanh(x @ weights[-2] + weights[-1][0]) + 1) / 2
+        return (low + (high - low) * (np.tanh(x @ weights[-2] + weights[-1][0]) + 1) / 2).clip(low, high)
 
     return act
 
@@ -204,7 +205,8 @@ def make_sampling_act(weights, info, candidates, steps):
 
     def act(obs):
         s = torch.from_numpy((np.asarray(obs, np.float32) - mean) / std)[None]
-        return low + (high - low) * (sample_best(behavior, q_target, s, candidates, steps).numpy() + 1) / 2
+        a = sample_best(behavior, q_target, s, candidates, steps).numpy()
+        return (low + (high - low) * (a + 1) / 2).clip(low, high)
 
     return act
 
@@ -316,7 +318,7 @@ def load_policy(path, replica=0):
     return act
 
 
-def play(env, make_act, weights, info, seed):
+def episode(env, make_act, weights, info, seed):
     """One episode: its states [T, S], and whether it succeeded."""
     act, space, states, done = make_act(weights, info), deserialize_space(info["observation_space"]), [], False
     torch.default_generator.manual_seed(seed)  # for policies that sample
@@ -331,7 +333,7 @@ def play(env, make_act, weights, info, seed):
 
 def trace(make_act, weights, info, environment, seed):
     """A worker's job: one policy's trajectory in a maze: its goal and positions, and whether it succeeds."""
-    states, success = play(make_env(environment, info), make_act, weights, info, seed)
+    states, success = episode(make_env(environment, info), make_act, weights, info, seed)
     position, goal = states[:, :2].round(2).tolist(), states[0, 2:4].round(2).tolist()  # achieved and desired goal
     return {"goal": goal, "way": position, "success": success}
 
@@ -342,7 +344,7 @@ def record_video(make_act, weights, info, environment, seed, folder, name):
     warnings.simplefilter("ignore")  # where rendering is impossible, the error is enough
     env = make_env(environment | {"kwargs": environment["kwargs"] | {"render_mode": "rgb_array"}}, info)
     env = gym.wrappers.RecordVideo(env, folder, name_prefix=name, disable_logger=True)
-    play(env, make_act, weights, info, seed)
+    episode(env, make_act, weights, info, seed)
     env.close()
 
 
@@ -399,8 +401,8 @@ if __name__ == "__main__":
     weights = list(zip(*(x.numpy() for x in artifact["weights"].values())))  # of each replica
     try:
         rollout(make_act, weights[0], info, environment | {"max_episode_steps": 1}, [args.first_episode])
-    except Exception as e:
-        sys.exit(f"error: cannot play in {environment['id']} ({e!r:.500}): mend it, or install its package")
+    except (Exception, SystemExit) as e:
+        sys.exit(f"error: cannot play in {environment['id']} ({e!r:.500}): repair or install it")
 
     policies = [("srpo", None, make_act, list(zip(seeds, betas, weights)))]  # name, candidates, make_act, replicas
     if args.latency or set(args.policy) != {"srpo"}:
@@ -420,7 +422,7 @@ if __name__ == "__main__":
 
     low, high = info["reference"]
     print(f"{info['env']}, {args.episodes} episodes each in {environment['id']}, --eval-env {args.eval_env},", end=" ")
-    print(f"wrappers left out: {environment['left_out'] or 'none'};", end=" ")
+    print(f"wrappers left out: {environment['left_out']};", end=" ")
     print(f"the score of the data is {100 * (info['data_outcome'] - low) / (high - low):.1f}")
     test = range(args.first_episode, args.first_episode + args.episodes)
     rows, ways, summary, failed = [], [], [], []
@@ -430,7 +432,7 @@ if __name__ == "__main__":
             result = evaluate(make, [one for *_, one in replicas], info, environment, test, args.workers)
             jobs = [delayed(trace)(make, one, info, environment, seed) for *_, one in replicas for seed in shown]
             traces = Parallel(args.workers, max_nbytes=1000, mmap_mode="c")(jobs)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             failed.append(name)
             print(f"error: evaluation of {name} failed ({e!r:.500})", file=sys.stderr)
             continue
@@ -463,8 +465,8 @@ if __name__ == "__main__":
         behavior, q_target = (network.to(device) for network in make_networks(list(zip(*frozen))[0], info))
         sizes = [info["state_dim"]] + [256] * artifact["args"]["hidden_layers"] + [info["action_dim"]]
         policy = mlp(sizes, 1).append(nn.Tanh()).to(device).requires_grad_(False)  # its weights do not matter here
-        act = make_act(weights[0], info)
-        table = measure_latency(policy, act, behavior, q_target, args.candidates, args.sampler_steps)
+        act, n, steps = make_act(weights[0], info), args.candidates, args.sampler_steps
+        table = measure_latency(policy, act, behavior, q_target, n, steps)
         where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         print_latency(table, where)
         contents["latency"] = {"env": info["env"], "device": where, "torch": torch.__version__, "rows": table}

@@ -2,7 +2,7 @@
 
 Score Regularized Policy Optimization (Chen et al., ICLR 2024): the policy maximises Q, and the frozen behaviour model
 gives the score of the diffused behaviour (the gradient of its log density), which keeps actions near the data (Eq. 15).
-All seeds and betas train at once: replica i K + k, on the leading axis R of every tensor, has seed i and beta k of K.
+All seeds and betas train at once: on the leading axis R of every tensor, replica i*K + k has seed i and beta k of K.
 
     python srpo_actor.py --env hopper-medium --beta 0.01 0.05    # writes runs/hopper-medium/actor.pt
 """
@@ -109,7 +109,7 @@ BETAS = {  # Table 2
 }
 D4RL_SCORES = {"Hopper": (-20.272305, 3234.3), "HalfCheetah": (-280.178953, 12135.0), "Walker2d": (1.629008, 4592.3)}
 UMAZE = [[1, 1, 1, 1, 1], [1, "g", 0, 0, 1], [1, 1, 1, 0, 1], [1, "r", 0, 0, 1], [1, 1, 1, 1, 1]]  # r: start, g: goal
-WRAPPERS = set(gym.wrappers.__all__) - set(dir(gym.wrappers.rendering))  # those that evaluation needs
+WRAPPERS = set(gym.wrappers.__all__) - set(dir(gym.wrappers.rendering)) - {"NormalizeObservation", "NormalizeReward"}
 BETA_0, BETA_1 = 0.1, 20.0  # of the noise schedule
 
 
@@ -176,9 +176,10 @@ class BehaviorModel(nn.Module):
         x = self.first(torch.cat([a_t, s, time], dim=-1))
         for block in self.blocks:
             x = x + block(x)
-        out = self.last(F.mish(x))
+        if self.predict == "eps":
+            return self.last(F.mish(x))
         alpha, sigma = alpha_sigma(t)
-        return out if self.predict == "eps" else sigma * a_t + alpha * out  # eps = sigma a_t + alpha v
+        return sigma * a_t + alpha * self.last(F.mish(x))  # eps = sigma a_t + alpha v
 
 
 def actor_loss(policy, q, eps_psi, s, t, eps, beta, weight, baseline, q_grad_norm):
@@ -195,15 +196,16 @@ def actor_loss(policy, q, eps_psi, s, t, eps, beta, weight, baseline, q_grad_nor
     value = q(s, leaf)
     g = torch.autograd.grad(value.sum(), leaf)[0]  # grad_a Q(s, a) at a = policy(s)
     norm = g.norm(dim=-1, keepdim=True)
-    g = g / {"none": 1, "l2": norm + 1e-8, "rms": norm / a.shape[-1] ** 0.5 + 1e-8}[q_grad_norm]
-    w = {"sigma2": sigma**2, "one": torch.ones_like(sigma), "alpha_over_sigma": alpha / sigma}[weight]
+    if q_grad_norm != "none":
+        g = g / ((norm if q_grad_norm == "l2" else norm / a.shape[-1] ** 0.5) + 1e-8)
+    w = sigma**2 if weight == "sigma2" else alpha / sigma if weight == "alpha_over_sigma" else 1
     bracket = w * score_term - beta * g
     return (bracket.detach() * a).sum(dim=-1).mean(dim=-1), value.detach(), norm
 
 
 def make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, start):
     """The training step, a function without arguments; draw() gives states, times and noise."""
-    steps_done = torch.full((), float(start), device=window.device)  # so far
+    steps_done = torch.full((), float(start), device=window.device)  # before this one
 
     def fold(x):  # [R, B, n] -> [seeds, K B, n]: the K betas of a seed share its frozen networks
         return x.reshape(len(x) // len(args.beta), -1, x.shape[-1])
@@ -243,19 +245,6 @@ def capture(update):
         yield
 
 
-def make_act(weights, info):
-    """The policy in NumPy: act(obs [..., S]) -> action [..., A]; weights: weight and bias of layer after layer."""
-    mean, std, low, high = (np.float32(info[name]) for name in ("obs_mean", "obs_std", "action_low", "action_high"))
-
-    def act(obs):
-        x = (np.asarray(obs, np.float32) - mean) / std
-        for weight, bias in zip(weights[:-2:2], weights[1:-2:2]):
-            x = np.maximum(x @ weight + bias[0], 0)
-        return low + (high - low) * (np.tanh(x @ weights[-2] + weights[-1][0]) + 1) / 2
-
-    return act
-
-
 def evaluation_info(info):
     """From Minari's entries for the data: the environments, and the outcomes that score 0 and 100."""
     data, fixed = (json.loads(info["minari"].get(name, "null")) for name in ("env_spec", "eval_env_spec"))
@@ -266,10 +255,11 @@ def evaluation_info(info):
     limit = min(x["max_episode_steps"] or info["longest_episode"] for x in (data, fixed or data))
     environments = {}
     for where, spec in (("data", data), ("fixed", fixed or data)):
+        spec["kwargs"].pop("render_mode", None)
         wrappers = spec.get("additional_wrappers", [])
         ours = [x for x in wrappers if x["name"] in WRAPPERS and x["kwargs"] is not None]
         ours = [x for x in ours if x["entry_point"].startswith("gymnasium.wrappers.")]
-        other = [x["name"] for x in wrappers if x not in ours]
+        other = ", ".join(x["name"] for x in wrappers if x not in ours) or "none"
         environments[where] = spec | {"max_episode_steps": limit, "wrappers": ours, "left_out": other}
     low, high = D4RL_SCORES.get(data["id"].partition("-")[0], (0, 100))  # if unknown, the return is the score
     low, high = info["minari"].get("ref_min_score", low), info["minari"].get("ref_max_score", high)
@@ -294,31 +284,29 @@ def make_env(spec, info):
     return env
 
 
-def rollout(make_act, weights, info, environment, seeds):
-    """A worker's job: one policy's episodes, one per seed, in lockstep. Returns [n, 3]: return, success, length."""
-    act, space = make_act(weights, info), deserialize_space(info["observation_space"])
-    torch.default_generator.manual_seed(seeds[0])  # for policies that sample
-    envs = [make_env(environment, info) for _ in seeds]
-    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
-    result, running = np.zeros((len(seeds), 3)), list(range(len(seeds)))
-    while running:
-        actions = act(np.stack([gym.spaces.flatten(space, obs[i]) for i in running]))
-        for i, action in zip(list(running), actions):
-            obs[i], reward, terminated, truncated, outcome = envs[i].step(action)
-            success = info["maze"] and outcome["success"]  # ends the task
-            result[i] += reward, success, 1
-            if terminated or truncated or success:
-                running.remove(i)
+def play(weights, info, environment, seed):
+    """A worker's job: one episode of a policy, given by weight and bias of its layers: return, success, length."""
+    mean, std, low, high = (np.float32(info[name]) for name in ("obs_mean", "obs_std", "action_low", "action_high"))
+    env, space = make_env(environment, info), deserialize_space(info["observation_space"])
+    (obs, _), result, done = env.reset(seed=seed), np.zeros(3), False
+    while not done:
+        x = (np.float32(gym.spaces.flatten(space, obs)) - mean) / std
+        for weight, bias in zip(weights[:-2:2], weights[1:-2:2]):
+            x = np.maximum(x @ weight + bias[0], 0)
+        action = low + (high - low) * (np.tanh(x @ weights[-2] + weights[-1][0]) + 1) / 2
+        obs, reward, terminated, truncated, outcome = env.step(action.clip(low, high))  # rounding may exceed the bounds
+        success = info["maze"] and outcome["success"]
+        result += reward, success, 1
+        done = terminated or truncated or success  # in mazes an episode ends at its first success
     return result
 
 
-def evaluate(make_act, policies, info, environment, seeds, workers):
-    """Means over one episode per seed: metric -> list of one value per policy, each the weights for make_act."""
-    chunks = [seeds[i : i + 10] for i in range(0, len(seeds), 10)]  # of a size that does not depend on the workers
-    jobs = [delayed(rollout)(make_act, weights, info, environment, chunk) for weights in policies for chunk in chunks]
-    with parallel_config("loky", inner_max_num_threads=1, idle_worker_timeout=20), torch.random.fork_rng(devices=[]):
+def evaluate(policies, info, environment, seeds, workers):
+    """Means over one episode per seed: metric -> list of one value per policy."""
+    jobs = [delayed(play)(weights, info, environment, seed) for weights in policies for seed in seeds]
+    with parallel_config("loky", inner_max_num_threads=1, idle_worker_timeout=20):
         played = Parallel(workers, max_nbytes=1000, mmap_mode="c", pre_dispatch="n_jobs")(jobs)  # small messages
-    returns, success, length = np.concatenate(played).reshape(len(policies), len(seeds), 3).mean(axis=1).T
+    returns, success, length = np.reshape(played, (len(policies), len(seeds), 3)).mean(axis=1).T
     low, high = info["reference"]
     score = 100 * ((success if info["maze"] else returns) - low) / (high - low)
     metrics = {"eval/score": score, "eval/return": returns, "eval/episode_length": length}
@@ -388,16 +376,16 @@ if __name__ == "__main__":
         path = getattr(args, stage) or folder / f"{stage}.pt"
         artifacts[stage] = load(path)
         found = artifacts[stage] | artifacts[stage].get("info", {})
-        for name, value in ({"stage": stage} | wanted).items():
+        for name, value in ({"stage": stage, "optimizer": None} | wanted).items():  # a checkpoint has one
             if (has := found.get(name)) != value:
                 sys.exit(f"error: {path} has {name} = {has!s:.99}, not {value!s:.99}: run srpo_{stage}.py again")
         wanted |= artifacts[stage]["info"]  # both stages must have had the same data
         sources[stage] = zlib.crc32(b"".join(x.numpy().tobytes() for x in artifacts[stage]["weights"].values()))
-    seeds = both = [seed for seed in artifacts["critic"]["seeds"] if seed in artifacts["behavior"]["seeds"]]
+    seeds = shared = [seed for seed in artifacts["critic"]["seeds"] if seed in artifacts["behavior"]["seeds"]]
     if args.seed is not None or args.num_seeds is not None:
         seeds = list(range(args.seed or 0, (args.seed or 0) + (args.num_seeds or 1)))
-    if not seeds or not set(seeds) <= set(both):
-        sys.exit(f"error: critic and behaviour model share seeds {both}, not {seeds or 'any'}: train both on the same")
+    if not seeds or not set(seeds) <= set(shared):
+        sys.exit(f"error: critic and behaviour model share seeds {shared}, not {seeds or 'any'}: train both on those")
     info = artifacts["critic"]["info"]
     info |= evaluation_info(info) | {"sources": sources}
     obs, S, A = artifacts["behavior"].pop("obs").to(device), info["state_dim"], info["action_dim"]
@@ -406,7 +394,7 @@ if __name__ == "__main__":
     args.q_grad_norm = args.q_grad_norm or ("rms" if info["maze"] else "none")
     args.hidden_layers = args.hidden_layers or (4 if info["maze"] else 2)
     print(f"beta {args.beta}, q-grad-norm {args.q_grad_norm}, hidden-layers {args.hidden_layers}")
-    environment = info["environments"] and args.eval_every and info["environments"][args.eval_env]
+    environment = info["environments"][args.eval_env] if info["environments"] and args.eval_every else None
     torch.manual_seed(seeds[0])
     replicas = [{"seed": seed, "beta": beta} for seed in seeds for beta in args.beta]
     R, sizes = len(replicas), [S] + [256] * args.hidden_layers + [A]
@@ -419,12 +407,14 @@ if __name__ == "__main__":
     adam = {"lr": torch.tensor(args.lr, device=device), "fused": True, "capturable": device == "cuda"}
     optimizer = torch.optim.Adam(policy.parameters(), **adam)
     if environment:
-        print(f"evaluation in {environment['id']}, wrappers left out: {environment['left_out'] or 'none'}")
+        print(f"evaluation in {environment['id']}, wrappers left out: {environment['left_out']}")
         try:  # one step of one episode, so that what is wrong shows before the training
             weights = [x[0].numpy(force=True) for x in policy.state_dict().values()]
-            evaluate(make_act, [weights], info, environment | {"max_episode_steps": 1}, range(1), workers=1)
-        except Exception as e:
-            sys.exit(f"error: cannot play in {environment['id']} ({e!r:.500}): mend it, or train with --eval-every 0")
+            play(weights, info, environment | {"max_episode_steps": 1}, seed=0)
+        except (Exception, SystemExit) as e:
+            sys.exit(f"error: cannot play in {environment['id']} ({e!r:.500}): repair it, or train with --eval-every 0")
+    else:
+        print("no evaluation")
     window = torch.zeros(len(METRICS), R, device=device)  # sums of the metrics since the last log line
     about = {"stage": STAGE, "format": 5, "info": info, "seeds": [x["seed"] for x in replicas], "args": asdict(args)}
     about |= {"betas": [x["beta"] for x in replicas]}
@@ -464,9 +454,9 @@ if __name__ == "__main__":
         if environment and (step % args.eval_every < args.log_every or step == args.steps):
             try:
                 policies = list(zip(*(x.numpy(force=True) for x in policy.state_dict().values())))  # of R replicas
-                metrics |= evaluate(make_act, policies, info, environment, range(args.eval_episodes), args.eval_workers)
+                metrics |= evaluate(policies, info, environment, range(args.eval_episodes), args.eval_workers)
                 bar.set_description(f"{STAGE} on {device}, score {np.mean(metrics['eval/score']):.1f}")
-            except Exception as e:
+            except (Exception, SystemExit) as e:
                 failed.append(step)
                 tqdm.write(f"error: evaluation failed at step {step:,}, training goes on ({e!r:.500})", file=sys.stderr)
         clock = time.time()
@@ -483,7 +473,7 @@ if __name__ == "__main__":
                 torch.save(state, f"{path}.tmp")
                 os.replace(f"{path}.tmp", path)  # a crash leaves the previous file whole
         except (OSError, RuntimeError) as e:  # PyTorch raises the second, for example on a full disk
-            sys.exit(f"error: cannot write to {folder} ({e!r:.200}): free some space, then continue with --resume")
+            sys.exit(f"error: cannot write to {folder} ({e!r:.200}): is the disk full? Continue with --resume")
     (folder / f"{STAGE}.ckpt").unlink(missing_ok=True)
     print(f"saved {folder / STAGE}.pt")
     if failed:

@@ -143,7 +143,7 @@ def load_dataset(env, dataset, normalize_obs, device):
     maze = spec is not None and "Maze" in spec.id and "achieved_goal" in getattr(space, "spaces", ())
     data = np.empty((sum(d.storage.total_steps for d in sets), 2 * S + A + 2), np.float32)
     episodes, N, clipped, cut = [], 0, 0, 0
-    parts = [(d, part) for d in sets for part in np.array_split(d.episode_indices, 50)]  # at once: 50 kB of cache each
+    parts = [(d, part) for d in sets for part in np.array_split(d.episode_indices, 50)]  # each reading has a cache
     for i, episode in enumerate(x for d, part in parts for x in d.iterate_episodes(part)):
         obs, terminal, T = episode.observations, episode.terminations, len(episode)
         rows = flatten(space, obs)
@@ -166,7 +166,7 @@ def load_dataset(env, dataset, normalize_obs, device):
     info = {"env": env, "fingerprint": [N, zlib.crc32(data)], "maze": maze, "state_dim": S, "action_dim": A}
     if maze:
         data[:, S + A] -= 1
-    elif np.ptp(returns):
+    elif np.ptp(returns) > 1e-6 * np.abs(returns).max():  # not equal but for rounding
         data[:, S + A] *= 1000 / np.ptp(returns)
     mean, std = np.zeros(S, np.float32), np.ones(S, np.float32)
     if normalize_obs or normalize_obs is None and minari_ids(env) == [env]:
@@ -235,25 +235,24 @@ class BehaviorModel(nn.Module):
         x = self.first(torch.cat([a_t, s, time], dim=-1))
         for block in self.blocks:
             x = x + block(x)
-        out = self.last(F.mish(x))
+        if self.predict == "eps":
+            return self.last(F.mish(x))
         alpha, sigma = alpha_sigma(t)
-        return out if self.predict == "eps" else sigma * a_t + alpha * out  # eps = sigma a_t + alpha v
+        return sigma * a_t + alpha * self.last(F.mish(x))  # eps = sigma a_t + alpha v
 
 
 def behavior_loss(model, s, a, t, eps):
-    """Eq. 13, |eps_psi - eps|^2, and what is minimised: with --predict v, |v_psi - v|^2 = |eps_psi - eps|^2 / alpha^2.
-
-    s [R, B, S], a and eps [R, B, A], t [R, B, 1] -> two tensors [R].
-    """
+    """Eq. 13 and what is minimised (see --predict), each [R]. s [R, B, S], a and eps [R, B, A], t [R, B, 1]."""
     alpha, sigma = alpha_sigma(t)
     error = ((model(alpha * a + sigma * eps, s, t) - eps) ** 2).sum(dim=-1)  # [R, B]
-    minimised = error if model.predict == "eps" else error / alpha.squeeze(-1) ** 2
-    return error.mean(dim=-1), minimised.mean(dim=-1)
+    loss = error.mean(dim=-1)
+    minimised = loss if model.predict == "eps" else (error / alpha.squeeze(-1) ** 2).mean(dim=-1)  # |v_psi - v|^2
+    return loss, minimised
 
 
 def make_update(args, model, optimizer, draw, window, start):
     """The training step, a function without arguments; draw() gives minibatch and noise, window sums up the metrics."""
-    steps_done = torch.full((), float(start), device=window.device)  # so far
+    steps_done = torch.full((), float(start), device=window.device)  # before this one
 
     def update():
         optimizer.zero_grad(set_to_none=True)
@@ -393,6 +392,6 @@ if __name__ == "__main__":
                 torch.save(state, f"{path}.tmp")
                 os.replace(f"{path}.tmp", path)  # a crash leaves the previous file whole
         except (OSError, RuntimeError) as e:  # PyTorch raises the second, for example on a full disk
-            sys.exit(f"error: cannot write to {folder} ({e!r:.200}): free some space, then continue with --resume")
+            sys.exit(f"error: cannot write to {folder} ({e!r:.200}): is the disk full? Continue with --resume")
     (folder / f"{STAGE}.ckpt").unlink(missing_ok=True)
     print(f"saved {folder / STAGE}.pt")

@@ -146,7 +146,7 @@ def load_dataset(env, dataset, normalize_obs, device):
     maze = spec is not None and "Maze" in spec.id and "achieved_goal" in getattr(space, "spaces", ())
     data = np.empty((sum(d.storage.total_steps for d in sets), 2 * S + A + 2), np.float32)
     episodes, N, clipped, cut = [], 0, 0, 0
-    parts = [(d, part) for d in sets for part in np.array_split(d.episode_indices, 50)]  # at once: 50 kB of cache each
+    parts = [(d, part) for d in sets for part in np.array_split(d.episode_indices, 50)]  # each reading has a cache
     for i, episode in enumerate(x for d, part in parts for x in d.iterate_episodes(part)):
         obs, terminal, T = episode.observations, episode.terminations, len(episode)
         rows = flatten(space, obs)
@@ -169,7 +169,7 @@ def load_dataset(env, dataset, normalize_obs, device):
     info = {"env": env, "fingerprint": [N, zlib.crc32(data)], "maze": maze, "state_dim": S, "action_dim": A}
     if maze:
         data[:, S + A] -= 1
-    elif np.ptp(returns):
+    elif np.ptp(returns) > 1e-6 * np.abs(returns).max():  # not equal but for rounding
         data[:, S + A] *= 1000 / np.ptp(returns)
     mean, std = np.zeros(S, np.float32), np.ones(S, np.float32)
     if normalize_obs or normalize_obs is None and minari_ids(env) == [env]:
@@ -236,7 +236,7 @@ def critic_loss(critic, s, a, r, s_next, terminal, gamma, expectile):
 
 def make_update(args, critic, optimizer, draw, window, start):
     """The training step, a function without arguments; draw() gives the minibatch, window sums up the metrics."""
-    steps_done = torch.full((), float(start), device=window.device)  # so far
+    steps_done = torch.full((), float(start), device=window.device)  # before this one
 
     def update():
         optimizer.zero_grad(set_to_none=True)
@@ -378,6 +378,6 @@ if __name__ == "__main__":
                 torch.save(state, f"{path}.tmp")
                 os.replace(f"{path}.tmp", path)  # a crash leaves the previous file whole
         except (OSError, RuntimeError) as e:  # PyTorch raises the second, for example on a full disk
-            sys.exit(f"error: cannot write to {folder} ({e!r:.200}): free some space, then continue with --resume")
+            sys.exit(f"error: cannot write to {folder} ({e!r:.200}): is the disk full? Continue with --resume")
     (folder / f"{STAGE}.ckpt").unlink(missing_ok=True)
     print(f"saved {folder / STAGE}.pt")

@@ -364,7 +364,7 @@ def measure_evaluation(quick):
     for workers in (1, 2):
 
         def run(seeds, workers=workers):
-            metrics = srpo_actor.evaluate(srpo_actor.make_act, [policy], info, environment, seeds, workers)
+            metrics = srpo_actor.evaluate([policy], info, environment, seeds, workers)
             return metrics["eval/episode_length"][0] * len(seeds)
 
         run(range(10 * workers))  # starts them

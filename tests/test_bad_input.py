@@ -304,8 +304,8 @@ def actor(trained, *flags):
     "flags, message",
     [
         (("--env", "bad/other-v0"), "critic.pt has env = test/pendulum-v0, not bad/other-v0: run srpo_critic.py"),
-        (("--num-seeds", 3), "share seeds [0, 1], not [0, 1, 2]: train both on the same"),
-        (("--seed", 7), "share seeds [0, 1], not [7]: train both on the same"),
+        (("--num-seeds", 3), "share seeds [0, 1], not [0, 1, 2]: train both on those"),
+        (("--seed", 7), "share seeds [0, 1], not [7]: train both on those"),
     ],
 )
 def test_bad_input_artifacts_of_something_else(flags, message, trained):
@@ -315,6 +315,15 @@ def test_bad_input_artifacts_of_something_else(flags, message, trained):
 def test_bad_input_critic_in_the_place_of_the_behavior_model(trained):
     twice = ("--critic", trained / "critic.pt", "--behavior", trained / "critic.pt")
     refused("critic.pt has stage = critic, not behavior: run srpo_behavior.py", "srpo_actor.py", *TINY, *twice)
+
+
+def test_bad_input_checkpoint_in_the_place_of_an_artifact(trained):
+    """It would be an unfinished network."""
+    for stage in ("critic", "behavior"):
+        artifact = torch.load(trained / f"{stage}.pt", weights_only=True)
+        torch.save(artifact | {"optimizer": {}, "step": 10}, f"{stage}.ckpt")
+        message = f"{stage}.ckpt has optimizer = {{}}, not None: run srpo_{stage}.py again"
+        refused(message, *actor(trained, f"--{stage}", f"{stage}.ckpt"))
 
 
 def damaged(kind, whole):

@@ -112,6 +112,16 @@ def test_equal_returns_leave_the_rewards_alone(data_root):
     assert load_dataset("test/equal-v0", None, None, "cpu")[0]["reward"].tolist() == [1, 2, 3, 1, 2, 3]
 
 
+def test_returns_that_differ_by_rounding_alone_leave_the_rewards_alone(data_root):
+    obs, actions = np.zeros((4, 3)), np.zeros((3, 2), np.float32)
+    episodes = [episode(obs, actions, rewards) for rewards in ([0.1, 0.2, 0.3], [0.3, 0.2, 0.1])]
+    assert episodes[0].rewards.sum() != episodes[1].rewards.sum()
+    create("test/rounding-return-v0", episodes, observation_space=BOX, action_space=ACTION)
+    assert load_dataset("test/rounding-return-v0", None, None, "cpu")[0]["reward"].tolist() == [
+        pytest.approx(x) for x in (0.1, 0.2, 0.3, 0.3, 0.2, 0.1)
+    ]
+
+
 def test_actions_outside_the_bounds_are_clipped_and_counted(data_root, capsys):
     actions = np.float32([[0, 0.5], [2, 1], [2.5, 0.5], [-3, 1.5], [1, -1e-3]])  # inside, on, and outside in three rows
     steps = episode(np.zeros((6, 3)), actions, np.zeros(5))

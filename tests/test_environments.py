@@ -124,12 +124,15 @@ def test_other_wrappers_are_named_and_nothing_that_they_name_is_imported(data_ro
         others = [ours | {"entry_point": "intruder:TimeLimit"}, ours | {"name": "Monitor", "kwargs": None}]
         films = {"kwargs": {"video_folder": "films"}, "name": "RecordVideo"}
         others.append(films | {"entry_point": "gymnasium.wrappers.rendering:RecordVideo"})
+        running = {"kwargs": {}, "name": "NormalizeObservation"}  # the statistics of the recording are lost
+        others.append(running | {"entry_point": "gymnasium.wrappers.stateful_observation:NormalizeObservation"})
+        spec["kwargs"]["render_mode"] = "human"  # would open a window
         metadata["env_spec"] = json.dumps(spec | {"additional_wrappers": [*others, ours]})
 
     flags = recorded_through("strange", gym.make("Pendulum-v1", max_episode_steps=20), change)
     run_here("srpo_actor.py", *flags, "--eval-episodes", 2, "--eval-workers", 1)
     run_here("eval.py", *flags[:2], "--episodes", 2, "--workers", 1)
-    said = "wrappers left out: ['TimeLimit', 'Monitor', 'RecordVideo']"
+    said = "wrappers left out: TimeLimit, Monitor, RecordVideo, NormalizeObservation"
     assert capsys.readouterr().out.count(said) == 2 and not Path("code-has-run").exists() and not Path("films").exists()
     assert lines(Path("runs/test-strange-v0/actor.jsonl"))[-1]["eval/episode_length"] == [7.0]  # gymnasium's is applied
 

@@ -540,6 +540,17 @@ def test_load_policy_in_three_lines_equals_the_trained_network(trained):
     assert action.shape == (1,) and action.dtype == np.float32
 
 
+def test_no_rounding_carries_an_action_beyond_its_bounds():
+    """Of a policy that is saturated, in bounds whose difference is not exact in float32."""
+    rng = np.random.default_rng(0)
+    low = rng.uniform(-1, 0, 200).astype(np.float32)
+    high = rng.uniform(0, 1, 200).astype(np.float32)
+    info = {"obs_mean": [0.0], "obs_std": [1.0], "action_low": low.tolist(), "action_high": high.tolist()}
+    act = srpo_eval.make_act([np.full((1, 200), 99.0, np.float32), np.zeros((1, 200), np.float32)], info)
+    assert (act([1.0]) == high).all() and (act([-1.0]) == low).all()
+    assert (low + (high - low) > high).any()  # what the formula alone would give
+
+
 def ant_set(id):
     """Ten random steps twice, with an evaluation environment as Minari's sets name one; told apart by its rewards."""
     import gymnasium_robotics

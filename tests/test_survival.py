@@ -282,7 +282,7 @@ class Fails(gym.Env):
     """Pendulum, but a counter in a file decides which episode raises."""
 
     def __init__(self, last=None):
-        self.env, self.last = gym.make("Pendulum-v1"), last
+        self.env, self.last, self.leave = gym.make("Pendulum-v1"), last, Path("leave").exists()
         self.observation_space, self.action_space = self.env.observation_space, self.env.action_space
 
     def reset(self, seed=None, options=None):
@@ -290,7 +290,7 @@ class Fails(gym.Env):
         n = int(count.read_text()) + 1 if count.exists() else 1
         count.write_text(str(n))
         if self.last and n > self.last:
-            raise RuntimeError("a joint\nbroke")
+            raise (SystemExit if self.leave else RuntimeError)("a joint\nbroke")
         return self.env.reset(seed=seed)
 
     def step(self, action):
@@ -332,6 +332,15 @@ def test_training_goes_on_when_an_environment_raises(failing, capsys):
         run_here("eval.py", "--env", "test/fails-v0", "--workers", 1, "--episodes", 3, *policies)
     assert e.value.code == "error: no scores of behavior: their evaluations failed"
     assert [row["policy"] for row in json.loads((folder / "eval.json").read_text())["policies"]] == ["srpo"]
+
+
+def test_training_goes_on_when_an_environment_leaves_python(failing, capsys):
+    folder, flags = failing
+    Path("leave").touch()
+    with pytest.raises(SystemExit) as e:
+        run_here("srpo_actor.py", *flags, "--eval-every", 15)
+    assert e.value.code.startswith("error: evaluations failed at steps [40]") and (folder / "actor.pt").exists()
+    assert "training goes on (SystemExit('a joint\\nbroke'))" in capsys.readouterr().err
 
 
 def test_a_run_whose_environment_fails_at_once_is_refused(failing):
