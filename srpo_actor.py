@@ -81,6 +81,8 @@ class Args:
     """on CUDA, record the update as one CUDA graph"""
     compile: bool = False
     """compile the update with torch.compile"""
+    amp: bool = False
+    """compute the matrix products of the behaviour model in bfloat16"""
     resume: bool = False
     """continue from the last checkpoint, if there is one"""
     checkpoint_every: int = 50_000
@@ -214,7 +216,8 @@ def make_update(args, policy, q_target, behavior, optimizer, beta, draw, window,
         return twin_q(q_target, fold(s), fold(a)).mean(dim=1).view(a.shape[:-1])  # the mean of both target heads
 
     def eps_psi(a_t, s, t):
-        return behavior(fold(a_t), fold(s), fold(t)).view_as(a_t)
+        with torch.autocast(a_t.device.type, torch.bfloat16, enabled=args.amp):
+            return behavior(fold(a_t), fold(s), fold(t)).float().view_as(a_t)
 
     def update():
         optimizer.zero_grad(set_to_none=True)

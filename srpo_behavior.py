@@ -64,6 +64,8 @@ class Args:
     """on CUDA, record the update as one CUDA graph"""
     compile: bool = False
     """compile the update with torch.compile"""
+    amp: bool = False
+    """compute the matrix products of the behaviour model in bfloat16"""
     resume: bool = False
     """continue from the last checkpoint, if there is one"""
     checkpoint_every: int = 50_000
@@ -259,7 +261,8 @@ def make_update(args, model, optimizer, draw, window, start):
         if args.lr_decay:  # cosine to 0
             optimizer.param_groups[0]["lr"].copy_(args.lr * (1 + torch.cos(torch.pi * steps_done / args.steps)) / 2)
             steps_done.add_(1)
-        loss, minimised = behavior_loss(model, *draw())
+        with torch.autocast(window.device.type, torch.bfloat16, enabled=args.amp):
+            loss, minimised = behavior_loss(model, *draw())
         minimised.sum().backward()  # replicas share no parameters
         optimizer.step()
         window.add_(loss.detach())

@@ -122,6 +122,26 @@ class Operations(TorchDispatchMode):
         return out
 
 
+VIEWS = """view _unsafe_view expand t transpose permute slice select unsqueeze squeeze as_strided detach split
+split_with_sizes unbind alias""".split()
+NO_WORK = {*VIEWS, "empty", "empty_like", "_record_function_enter_new", "_record_function_exit"}
+
+
+@pytest.mark.parametrize(
+    "stage, seeds, betas, most", [("critic", 6, 1, 83), ("behavior", 6, 1, 129), ("actor", 6, 6, 107)]
+)
+def test_an_update_has_few_operations(stage, seeds, betas, most):
+    """On CUDA each is a kernel of some microseconds, and small kernels one after the other are what an update costs."""
+    script, _, build, _ = STAGES[stage]
+    args = script.Args(env="")
+    args.batch_size = BATCH
+    update = build(random_data(torch.device("cpu"), 500), args, torch.device("cpu"), seeds, betas)[0]
+    update()  # the optimizer has made its state
+    with Operations() as seen:
+        update()
+    assert len([name for name in seen.names if name not in NO_WORK]) <= most
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_update_neither_waits_for_the_device_nor_copies_to_it(stage):
     """What would break a recording: a value read back, a size that depends on values, a tensor of the host."""

@@ -148,7 +148,8 @@ def critic_update(net, R, draw):
 
 def behavior_update(net, R, draw):
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.01)
-    return srpo_behavior.make_update(SimpleNamespace(lr_decay=False), net.eval(), optimizer, draw, torch.zeros(1, R), 0)
+    args = SimpleNamespace(lr_decay=False, amp=False)
+    return srpo_behavior.make_update(args, net.eval(), optimizer, draw, torch.zeros(1, R), 0)
 
 
 def actor_update(net, R, draw, betas=(0.05,), frozen=None):
@@ -157,7 +158,7 @@ def actor_update(net, R, draw, betas=(0.05,), frozen=None):
     for network, state in zip(nets, frozen or [n.state_dict() for n in nets]):
         network.requires_grad_(False).load_state_dict(state)
     optimizer = torch.optim.Adam(net.parameters(), lr=torch.tensor(1e-3))
-    args = SimpleNamespace(weight="sigma2", baseline=True, q_grad_norm="rms", lr=1e-3, steps=10, beta=betas)
+    args = SimpleNamespace(weight="sigma2", baseline=True, q_grad_norm="rms", lr=1e-3, steps=10, beta=betas, amp=False)
     beta = torch.tensor(betas).repeat(R // len(betas)).view(-1, 1, 1)
     return srpo_actor.make_update(args, net, *nets, optimizer, beta, draw, torch.zeros(3, R), 0)
 

@@ -1,0 +1,167 @@
+"""What must be seen on CUDA, in one run of at most four minutes: printed as it goes, with all tables last.
+
+    python tests/cuda.py                  # --minutes 3 for less; without a GPU it says what it leaves out
+
+Parts, each in a process of its own with a time limit, so that none takes the others along:
+- capture: tests/test_capture.py, recorded updates against eager ones;
+- forms: milliseconds per step of each stage at the paper's sizes, recorded, with --amp, with --compile, and with both;
+- resume: a critic's training that is killed and resumed, against an uninterrupted one, bit for bit;
+- latency: eval.py's table of what an action costs, on artifacts that this script trains.
+It needs what README installs, no network and no data.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import minari
+import numpy as np
+import torch
+import tyro
+from minari.data_collector import EpisodeBuffer
+
+ROOT = Path(__file__).parent.parent
+LIMITS = {"capture": 50, "forms": 100, "resume": 45, "latency": 45}  # seconds, of four minutes
+FORMS = {"graph": (), "amp": ("amp",), "compile": ("compile",), "both": ("amp", "compile")}
+GRIDS = [("behavior", 6, 1), ("actor", 6, 6), ("critic", 6, 1), ("behavior", 1, 1), ("actor", 1, 1), ("critic", 1, 1)]
+
+
+@dataclass
+class Args:
+    minutes: float = 4
+    """time for all parts together"""
+    part: Literal["all", "forms", "resume", "latency"] = "all"
+    """what a process of this script does"""
+
+
+def measure_forms(seconds):
+    """A line per stage, size and form. What takes long to start, torch.compile, comes last."""
+    if not torch.cuda.is_available():
+        print("forms: left out, PyTorch finds no CUDA device")
+        return
+    import benchmark
+
+    end, device = time.time() + seconds, torch.device("cuda")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    data = benchmark.random_data(device)
+    print("| stage | replicas | form | ms per step | s to start |\n|---|---|---|---|---|")
+    for compiled in (False, True):
+        for stage, seeds, betas in GRIDS:
+            for form, flags in FORMS.items():
+                if ("compile" in flags) != compiled or "amp" in flags and stage == "critic":
+                    continue
+                row = f"| {stage} | {seeds * betas} | {form}"
+                if time.time() > end:
+                    print(f"{row} | no time left | |")
+                    continue
+                start = time.time()
+                try:
+                    torch._dynamo.reset()
+                    script, _, build, _ = benchmark.STAGES[stage]
+                    args = script.Args(env="", **({"amp": True} if "amp" in flags else {}))
+                    update = build(data, args, device, seeds, betas)[0]
+                    step = script.capture(torch.compile(update) if compiled else update).__next__
+                    for _ in range(6):  # past compiling and recording
+                        step()
+                    torch.cuda.synchronize()
+                    start = time.time() - start
+                    ms = benchmark.milliseconds({form: step}, device, 0.2, 3)[form]
+                    print(f"{row} | {ms:.4f} | {start:.1f} |")
+                except Exception as e:
+                    print(f"{row} | {e!r:.100} | |")
+
+
+def make_set(id):
+    """100 episodes of 1,000 random steps in hopper's dimensions; an environment is not needed."""
+    rng, T, buffers = np.random.default_rng(0), 1000, []
+    for _ in range(100):
+        steps = {"rewards": rng.normal(size=T), "terminations": np.zeros(T, bool), "truncations": np.arange(T) == T - 1}
+        actions, obs = rng.uniform(-1, 1, (T, 3)).astype(np.float32), rng.normal(size=(T + 1, 11))
+        buffers.append(EpisodeBuffer(observations=obs, actions=actions, **steps, infos={}))
+    with warnings.catch_warnings(action="ignore"):
+        minari.create_dataset_from_buffers(id, buffers, env=gym.make("Hopper-v5"))
+
+
+def start(stage, *flags):
+    command = [sys.executable, str(ROOT / f"srpo_{stage}.py"), "--env", "cuda/hopper-v0", *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def check_resume(folder):
+    """A training that is killed after a checkpoint and resumed, beside one that is left alone."""
+    flags = ("--num-seeds", 2, "--steps", 4000, "--log-every", 200, "--checkpoint-every", 400, "--lr-decay")
+    if not torch.cuda.is_available():
+        print("resume: on the CPU, PyTorch finds no CUDA device; 400 steps")
+        flags = (*flags[:3], 400, "--log-every", 20, "--checkpoint-every", 40, "--batch-size", 32, "--lr-decay")
+    whole, killed = (start("critic", *flags, "--run-name", name) for name in ("whole", "killed"))
+    while not (folder / "killed" / "critic.ckpt").exists() and killed.poll() is None:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    was_killed = killed.wait() == -signal.SIGKILL
+    start("critic", *flags, "--run-name", "killed", "--resume").wait()
+    whole.wait()
+    one, two = (torch.load(folder / name / "critic.pt", weights_only=True)["weights"] for name in ("whole", "killed"))
+    same = all(torch.equal(x, two[name]) for name, x in one.items())
+    print(f"resume: killed before its end: {was_killed}; weights equal bit for bit: {same}")
+    if not (was_killed and same):
+        sys.exit(1)
+
+
+def show_latency():
+    for stage in ("critic", "behavior"):
+        start(stage, "--steps", 10, "--batch-size", 32).wait()
+    start("actor", "--steps", 10, "--batch-size", 32, "--eval-every", 0).wait()
+    flags = ("--env", "cuda/hopper-v0", "--episodes", "0", "--latency")
+    subprocess.run([sys.executable, ROOT / "eval.py", *flags], check=True)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.stdout.reconfigure(line_buffering=True)
+    scale = args.minutes / 4
+    if args.part == "forms":
+        measure_forms(0.9 * scale * LIMITS["forms"])
+    elif args.part == "resume":
+        make_set("cuda/hopper-v0")
+        check_resume(Path("runs"))
+    elif args.part == "latency":
+        show_latency()
+    if args.part != "all":
+        sys.exit()
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    print(f"{name}, {os.cpu_count()} CPU cores, torch {torch.__version__}")
+    commands = {part: [sys.executable, __file__, "--part", part, "--minutes", str(args.minutes)] for part in LIMITS}
+    pytest = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-rs"]
+    commands["capture"] = [*pytest, "--rootdir", str(ROOT), str(ROOT / "tests" / "test_capture.py")]
+    tables, failed = [], []
+    with tempfile.TemporaryDirectory() as folder:  # data and runs of this script alone
+        Path(folder, "data").mkdir()
+        path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+        environ = os.environ | {"MINARI_DATASETS_PATH": f"{folder}/data", "PYTHONPATH": path}
+        for part, limit in LIMITS.items():
+            begin, said = time.time(), []
+            options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+            process = subprocess.Popen(commands[part], cwd=folder, env=environ, **options)
+            timer = threading.Timer(limit * scale, os.killpg, (process.pid, signal.SIGKILL))  # with all that it started
+            timer.start()
+            for line in process.stdout:
+                print(line, end="")
+                said.append(line)
+            timer.cancel()
+            if process.wait():
+                failed.append(part)
+            state = "failed or out of time" if part in failed else "done"
+            tables += [f"### {part}: {state} after {time.time() - begin:.0f} s\n", *said[-30:]]
+    print("\n" + "".join(tables))
+    sys.exit(f"error: {', '.join(failed)} failed or had too little time" if failed else None)
