@@ -427,23 +427,20 @@ if __name__ == "__main__":
     test = range(args.first_episode, args.first_episode + args.episodes)
     rows, ways, summary, failed = [], [], [], []
     for name, candidates, make, replicas in policies if test else ():
-        shown = test[:5] if info["maze"] else ()  # episodes whose ways are drawn
         try:
             result = evaluate(make, [one for *_, one in replicas], info, environment, test, args.workers)
-            jobs = [delayed(trace)(make, one, info, environment, seed) for *_, one in replicas for seed in shown]
-            traces = Parallel(args.workers, max_nbytes=1000, mmap_mode="c")(jobs)
         except (Exception, SystemExit) as e:
-            failed.append(name)
-            print(f"error: evaluation of {name} failed ({e!r:.500})", file=sys.stderr)
+            failed.append(name if candidates is None else f"{name} with {candidates} candidate(s)")
+            print(f"error: evaluation of {failed[-1]} failed ({e!r:.500})", file=sys.stderr)
             continue
         if not rows:
             print(*(f"{x:>14}" for x in ("policy", "candidates", "seed", "beta", *(metric[5:] for metric in result))))
-        for r, (seed, beta, _) in enumerate(replicas):
+        for r, (seed, beta, one) in enumerate(replicas):
             row = {"policy": name, "candidates": candidates, "seed": seed, "beta": beta}
             labels = [f"{'-' if x is None else x:>14}" for x in row.values()]
             print(*labels, *(f"{x[r]:14.2f}" for x in result.values()))
             rows.append(row | {metric.split("/")[1]: x[r] for metric, x in result.items()})
-            ways += [row | way for way in traces[len(shown) * r : len(shown) * (r + 1)]]
+            ways += [(row, delayed(trace)(make, one, info, environment, seed)) for seed in test[:5] if info["maze"]]
     for name, candidates, beta in dict.fromkeys((x["policy"], x["candidates"], x["beta"]) for x in rows):
         one = [x["score"] for x in rows if (x["policy"], x["candidates"], x["beta"]) == (name, candidates, beta)]
         summary.append({"policy": name, "candidates": candidates, "beta": beta, "score_mean": np.mean(one)})
@@ -451,16 +448,22 @@ if __name__ == "__main__":
         label = name + (f", beta {beta:g}" if beta else f", {candidates} candidate(s)")
         print(f"{label}: score {np.mean(one):.1f} +- {np.std(one):.1f} (mean +- std over {len(one)} seed(s))")
 
-    contents = {}
+    def save(name, content):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        print(f"saved {folder / name}.json")
+
     if rows:
-        contents["eval"] = {"env": info["env"], "data_score": 100 * (info["data_outcome"] - low) / (high - low)}
-        contents["eval"] |= {"steps": artifact["args"]["steps"], "episodes": args.episodes, "eval_env": args.eval_env}
-        contents["eval"] |= {"sampler_steps": args.sampler_steps, "policies": rows, "summary": summary}
+        content = {"env": info["env"], "data_score": 100 * (info["data_outcome"] - low) / (high - low)}
+        content |= {"steps": artifact["args"]["steps"], "episodes": args.episodes, "eval_env": args.eval_env}
+        save("eval", content | {"sampler_steps": args.sampler_steps, "policies": rows, "summary": summary})
+    if failed:
+        sys.exit(f"error: no scores of {', '.join(failed)}: the evaluation failed")
     if ways:
+        traces = Parallel(args.workers, max_nbytes=1000, mmap_mode="c")(job for _, job in ways)
         maze = make_env(environment, info).unwrapped.maze
         walls = np.argwhere([[cell == 1 for cell in row] for row in maze.maze_map])
-        walls = [maze.cell_rowcol_to_xy(cell).tolist() for cell in walls]
-        contents["trajectories"] = {"cell": maze.maze_size_scaling, "walls": walls, "ways": ways}
+        content = {"cell": maze.maze_size_scaling, "walls": [maze.cell_rowcol_to_xy(cell).tolist() for cell in walls]}
+        save("trajectories", content | {"ways": [row | way for (row, _), way in zip(ways, traces)]})
     if args.latency:
         behavior, q_target = (network.to(device) for network in make_networks(list(zip(*frozen))[0], info))
         sizes = [info["state_dim"]] + [256] * artifact["args"]["hidden_layers"] + [info["action_dim"]]
@@ -469,11 +472,7 @@ if __name__ == "__main__":
         table = measure_latency(policy, act, behavior, q_target, n, steps)
         where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         print_latency(table, where)
-        contents["latency"] = {"env": info["env"], "device": where, "torch": torch.__version__, "rows": table}
-    for name, content in contents.items():
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-        print(f"saved {folder / name}.json")
-
+        save("latency", {"env": info["env"], "device": where, "torch": torch.__version__, "rows": table})
     if args.video:
         jobs = []
         for name, candidates, make, replicas in policies:
@@ -486,5 +485,3 @@ if __name__ == "__main__":
             reason = f"{type(e).__name__}: {e}".splitlines()[0]
             sys.exit(f"error: cannot record ({reason}): rendering needs EGL, `apt install libegl1 libgl1-mesa-dri`")
         print(f"saved {folder / 'video'}/*.mp4")
-    if failed:
-        sys.exit(f"error: no scores of {', '.join(failed)}: their evaluations failed")

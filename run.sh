@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The three stages and eval.py in order.
 #   bash run.sh                              the demo: makes its own data, three to four minutes on 2 CPU cores
-#   bash run.sh hopper-medium --num-seeds 6  a task with the paper's settings, for a GPU; the flags go to all three stages
+#   bash run.sh hopper-medium --num-seeds 6  a task with the paper's settings, for a GPU; flags go to the stages that have them
 #   bash run.sh --small hopper-medium        a task on a small budget, for a CPU
 # CRITIC, BEHAVIOR, ACTOR and EVAL may hold flags for one script alone: ACTOR="--beta 0.01 0.05" bash run.sh hopper-medium
 set -euo pipefail
@@ -35,17 +35,21 @@ if [[ $env == -* || -z $env ]]; then
     exit 1
 fi
 shift
-unset WANDB_RUN_ID WANDB_SWEEP_ID WANDB_SWEEP_PARAM_PATH # each replica is a W&B run of its own, also under an agent
-python srpo_critic.py --env "$env" $critic "$@" ${CRITIC:-}
-python srpo_behavior.py --env "$env" $behavior "$@" ${BEHAVIOR:-}
-python srpo_actor.py --env "$env" $actor "$@" ${ACTOR:-}
-
-where=() # of the flags, eval.py takes only those that say where the run is
+all=() data=() model=() where=() # flags of all stages, of stages 1 and 2, of stages 2 and 3, and of eval.py too
 while (($#)); do
     case $1 in
-    --run[-_]name | --out[-_]dir) where+=("$1" "$2") ;;
-    --run[-_]name=* | --out[-_]dir=*) where+=("$1") ;;
+    --dataset) data+=("$1" "$2") && shift ;;
+    --dataset=* | --normalize[-_]obs | --no-normalize[-_]obs) data+=("$1") ;;
+    --amp | --no-amp) model+=("$1") ;;
+    --run[-_]name | --out[-_]dir) where+=("$1" "$2") all+=("$1" "$2") && shift ;;
+    --run[-_]name=* | --out[-_]dir=*) where+=("$1") all+=("$1") ;;
+    *) all+=("$1") ;;
     esac
     shift
 done
+set -- ${all[@]+"${all[@]}"}
+unset WANDB_RUN_ID WANDB_SWEEP_ID WANDB_SWEEP_PARAM_PATH # each replica is a W&B run of its own, also under an agent
+python srpo_critic.py --env "$env" $critic "$@" ${data[@]+"${data[@]}"} ${CRITIC:-}
+python srpo_behavior.py --env "$env" $behavior "$@" ${data[@]+"${data[@]}"} ${model[@]+"${model[@]}"} ${BEHAVIOR:-}
+python srpo_actor.py --env "$env" $actor "$@" ${model[@]+"${model[@]}"} ${ACTOR:-}
 python eval.py --env "$env" ${where[@]+"${where[@]}"} ${EVAL:-}

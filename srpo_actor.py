@@ -82,7 +82,7 @@ class Args:
     compile: bool = False
     """compile the update with torch.compile"""
     amp: bool = False
-    """compute the matrix products of the behaviour model in bfloat16"""
+    """run the behaviour model in bfloat16, by torch.autocast"""
     resume: bool = False
     """continue from the last checkpoint, if there is one"""
     checkpoint_every: int = 50_000
@@ -341,7 +341,7 @@ def open_run(folder, about, model, optimizer, device):
             print(f"{old} of an earlier run is renamed to {old.rename(old.with_stem(f'{old.stem}-{date}'))}")
         return 0
     state = load(found[0], device)
-    for name, now in (about["args"] | about | about["info"]).items():
+    for name, now in (about | about["args"] | about["info"]).items():
         then = (state.get("args", {}) | state | state.get("info", {})).get(name)
         if name not in MAY_CHANGE and then != now:
             sys.exit(f"error: {found[0]} has {name} = {then!s:.99}, not {now!s:.99}: --resume needs the same")

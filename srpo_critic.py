@@ -140,9 +140,9 @@ def load_dataset(env, dataset, normalize_obs, device):
         sys.exit(f"error: {source} have different spaces or environments: only data of one environment can be joined")
     if not space.is_np_flattenable or gym.spaces.flatdim(space) > 4096:
         sys.exit(f"error: {source} has observations of variable size or over 4096 numbers (images): not supported")
-    if not isinstance(bounds, gym.spaces.Box) or bounds.low.ndim != 1 or np.abs([bounds.low, bounds.high]).max() > 1e38:
+    if not isinstance(bounds, gym.spaces.Box) or bounds.low.ndim != 1 or np.abs([bounds.low, bounds.high]).max() > 1e6:
         sys.exit(f"error: {source} has actions that are not in a bounded one-dimensional Box: only these are supported")
-    low, high, S, A = bounds.low, bounds.high, gym.spaces.flatdim(space), len(bounds.low)
+    low, high, S, A = np.float64(bounds.low), np.float64(bounds.high), gym.spaces.flatdim(space), len(bounds.low)
     maze = spec is not None and "Maze" in spec.id and "achieved_goal" in getattr(space, "spaces", ())
     data = np.empty((sum(d.storage.total_steps for d in sets), 2 * S + A + 2), np.float32)
     episodes, N, clipped, cut = [], 0, 0, 0
@@ -150,7 +150,7 @@ def load_dataset(env, dataset, normalize_obs, device):
     for i, episode in enumerate(x for d, part in parts for x in d.iterate_episodes(part)):
         obs, terminal, T = episode.observations, episode.terminations, len(episode)
         rows = flatten(space, obs)
-        if len(rows) == T:  # the last action has no next observation
+        if len(rows) == T > 1:  # the last action has no next observation
             T, cut = T - 1, cut + 1
         if maze:  # the recording continues after success, which here terminates
             terminal = np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1)[1:] <= 0.45
@@ -295,7 +295,7 @@ def open_run(folder, about, model, optimizer, device):
             print(f"{old} of an earlier run is renamed to {old.rename(old.with_stem(f'{old.stem}-{date}'))}")
         return 0
     state = load(found[0], device)
-    for name, now in (about["args"] | about | about["info"]).items():
+    for name, now in (about | about["args"] | about["info"]).items():
         then = (state.get("args", {}) | state | state.get("info", {})).get(name)
         if name not in MAY_CHANGE and then != now:
             sys.exit(f"error: {found[0]} has {name} = {then!s:.99}, not {now!s:.99}: --resume needs the same")

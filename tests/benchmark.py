@@ -374,7 +374,7 @@ def measure_evaluation(quick):
 
 
 def table(result, device):
-    """The rows of the three stages, ready for README."""
+    """The rows of the three stages, as docs/speed.md has them."""
     lines = [
         f"| {device} | ms/step | plain | ours / (replicas x plain) | floor | ours / floor | `--compile` |",
         "|---|---|---|---|---|---|---|",

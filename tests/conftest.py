@@ -2,7 +2,6 @@
 
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import warnings
@@ -88,7 +87,7 @@ def in_empty_folder(data_root, tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """What a download ends with where there is no network, at once instead of after half a minute of attempts."""
+    """A download ends as where there is no network, but at once instead of after half a minute of attempts."""
 
     def download_dataset(id, force_download=False):
         raise ConnectionError("[Errno -2] Name or service not known")
@@ -116,14 +115,12 @@ def run(script, *flags, check=True, **env):
 
 def run_here(script, *flags):
     """The same within this process, which saves the imports; a script that exits raises SystemExit."""
-    old, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = sys.argv
     sys.argv = [script, *map(str, flags)]
     try:
         return runpy.run_path(str(ROOT / script), run_name="__main__")
     finally:
         sys.argv = old
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 TINY = ("--env", "test/pendulum-v0", "--batch-size", 8, "--log-every", 10)

@@ -10,6 +10,7 @@ Parts, each in a process of its own with a time limit, so that none takes the ot
 It needs what README installs, no network and no data.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -30,7 +31,8 @@ import tyro
 from minari.data_collector import EpisodeBuffer
 
 ROOT = Path(__file__).parent.parent
-LIMITS = {"capture": 50, "forms": 100, "resume": 45, "latency": 45}  # seconds, of four minutes
+LIMITS = {"capture": 45, "forms": 100, "resume": 40, "latency": 40}  # seconds, of four minutes
+STARTS = 25  # seconds that torch.compile may need for one update
 FORMS = {"graph": (), "amp": ("amp",), "compile": ("compile",), "both": ("amp", "compile")}
 GRIDS = [("behavior", 6, 1), ("actor", 6, 6), ("critic", 6, 1), ("behavior", 1, 1), ("actor", 1, 1), ("critic", 1, 1)]
 
@@ -60,7 +62,7 @@ def measure_forms(seconds):
                 if ("compile" in flags) != compiled or "amp" in flags and stage == "critic":
                     continue
                 row = f"| {stage} | {seeds * betas} | {form}"
-                if time.time() > end:
+                if time.time() > end - (STARTS if compiled else 2):
                     print(f"{row} | no time left | |")
                     continue
                 start = time.time()
@@ -81,7 +83,7 @@ def measure_forms(seconds):
 
 
 def make_set(id):
-    """100 episodes of 1,000 random steps in hopper's dimensions; an environment is not needed."""
+    """100 episodes of 1,000 random steps in hopper's dimensions, which nobody has played."""
     rng, T, buffers = np.random.default_rng(0), 1000, []
     for _ in range(100):
         steps = {"rewards": rng.normal(size=T), "terminations": np.zeros(T, bool), "truncations": np.arange(T) == T - 1}
@@ -93,11 +95,19 @@ def make_set(id):
 
 def start(stage, *flags):
     command = [sys.executable, str(ROOT / f"srpo_{stage}.py"), "--env", "cuda/hopper-v0", *map(str, flags)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    """Waits for a stage; if it failed, says how it ended."""
+    said = process.communicate()[1]
+    if process.returncode:
+        print(f"{process.args[1]} ended with status {process.returncode}: {said[-2000:]}")
+        sys.exit(1)
 
 
 def check_resume(folder):
-    """A training that is killed after a checkpoint and resumed, beside one that is left alone."""
+    """Weights and log lines of a training that is killed and resumed, beside those of one that is left alone."""
     flags = ("--num-seeds", 2, "--steps", 4000, "--log-every", 200, "--checkpoint-every", 400, "--lr-decay")
     if not torch.cuda.is_available():
         print("resume: on the CPU, PyTorch finds no CUDA device; 400 steps")
@@ -107,19 +117,22 @@ def check_resume(folder):
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     was_killed = killed.wait() == -signal.SIGKILL
-    start("critic", *flags, "--run-name", "killed", "--resume").wait()
-    whole.wait()
+    finish(start("critic", *flags, "--run-name", "killed", "--resume"))
+    finish(whole)
     one, two = (torch.load(folder / name / "critic.pt", weights_only=True)["weights"] for name in ("whole", "killed"))
     same = all(torch.equal(x, two[name]) for name, x in one.items())
-    print(f"resume: killed before its end: {was_killed}; weights equal bit for bit: {same}")
+    logs = [(folder / name / "critic.jsonl").read_text().splitlines() for name in ("whole", "killed")]
+    one, two = ([json.loads(line) | {"charts/SPS": None} for line in log] for log in logs)  # but for the speed
+    same = same and one == two
+    print(f"resume: killed before its end: {was_killed}; weights and log lines equal bit for bit: {same}")
     if not (was_killed and same):
         sys.exit(1)
 
 
 def show_latency():
     for stage in ("critic", "behavior"):
-        start(stage, "--steps", 10, "--batch-size", 32).wait()
-    start("actor", "--steps", 10, "--batch-size", 32, "--eval-every", 0).wait()
+        finish(start(stage, "--steps", 10, "--batch-size", 32))
+    finish(start("actor", "--steps", 10, "--batch-size", 32, "--eval-every", 0))
     flags = ("--env", "cuda/hopper-v0", "--episodes", "0", "--latency")
     subprocess.run([sys.executable, ROOT / "eval.py", *flags], check=True)
 
@@ -130,9 +143,8 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
     scale = args.minutes / 4
     if args.part == "forms":
-        measure_forms(0.9 * scale * LIMITS["forms"])
+        measure_forms(scale * LIMITS["forms"] - 5)  # its imports come first
     elif args.part == "resume":
-        make_set("cuda/hopper-v0")
         check_resume(Path("runs"))
     elif args.part == "latency":
         show_latency()
@@ -147,8 +159,10 @@ if __name__ == "__main__":
     tables, failed = [], []
     with tempfile.TemporaryDirectory() as folder:  # data and runs of this script alone
         Path(folder, "data").mkdir()
+        os.environ["MINARI_DATASETS_PATH"] = f"{folder}/data"
+        make_set("cuda/hopper-v0")
         path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
-        environ = os.environ | {"MINARI_DATASETS_PATH": f"{folder}/data", "PYTHONPATH": path}
+        environ = os.environ | {"PYTHONPATH": path}
         for part, limit in LIMITS.items():
             begin, said = time.time(), []
             options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}

@@ -33,6 +33,7 @@ def bad_data(data_root):
     save("nan-action", [episode(obs, nan_action, rewards)])
     save("inf-reward", [episode(obs, actions, [0, np.inf, 0])])
     save("one-observation-too-few", [episode(obs[:2], actions, rewards)])
+    save("one-step-without-its-end", [episode(obs[:1], actions[:1], rewards[:1])])
     save("two-rewards", [episode(obs, actions, np.zeros((3, 2)))])
     save("no-last-action", [episode(obs, actions[:2], rewards)])
     save("empty", [])
@@ -51,6 +52,7 @@ def bad_data(data_root):
         ("in-dict", gym.spaces.Dict({"x": ACTION}), {"x": actions}),
         ("unbounded", gym.spaces.Box(-np.inf, np.inf, (2,)), actions),
         ("almost-unbounded", gym.spaces.Box(-3e38, 3e38, (2,)), actions),
+        ("of-a-million", gym.spaces.Box(-2e6, 1, (2,)), actions),
         ("half-bounded", gym.spaces.Box(np.float32([-1, 0]), np.float32([1, np.inf])), actions),
     ):
         buffer = episode(obs, np.zeros(3), rewards)
@@ -70,6 +72,7 @@ DATA = {
     "one-observation-too-few": VALUES,
     "no-last-action": VALUES,
     "two-rewards": VALUES,
+    "one-step-without-its-end": VALUES,
     "image": IMAGES,
     "image-in-dict": IMAGES,
     "image-in-tuple": IMAGES,
@@ -81,6 +84,7 @@ DATA = {
     "actions-unbounded": ACTIONS,
     "actions-half-bounded": ACTIONS,
     "actions-almost-unbounded": ACTIONS,
+    "actions-of-a-million": ACTIONS,
     "empty": "no complete data set bad/empty-v0 (",
 }
 FLAGS = {
@@ -153,7 +157,7 @@ def test_bad_input_missing_data_names_the_command_and_the_folder(tmp_path_factor
     for name in (*names, "hopper-medium-v0", "antmaze-umaze-v0", "v0", "a/-v0"):
         message = f"error: no task {name!r}: README lists D4RL's names, and Minari ids end in -v and a number"
         refused(message, "srpo_critic.py", "--env", name)
-        refused("error: no task 'a-v0+b'", "srpo_behavior.py", "--env", "x", "--dataset", "a-v0+b")
+    refused("error: no task 'a-v0+b'", "srpo_behavior.py", "--env", "x", "--dataset", "a-v0+b")
     assert not list(empty.iterdir())
 
 

@@ -135,14 +135,24 @@ def test_actions_outside_the_bounds_are_clipped_and_counted(data_root, capsys):
 def test_an_episode_without_its_last_observation_loses_its_last_transition(data_root, capsys):
     """As some public sets have it; the other episodes stay whole."""
     episodes = random_recording()
-    for i in (1, 2):  # of one step and of seven
+    for i in (0, 2):  # of five steps, of which the last terminates, and of seven
         episodes[i] = dataclasses.replace(episodes[i], observations=episodes[i].observations[:-1])
     create("test/short-v0", episodes, observation_space=BOX, action_space=ACTION)
     data, info = load_dataset("test/short-v0", None, False, "cpu")
     assert "41 transitions, 0 actions clipped, 2 last steps cut" in capsys.readouterr().out
     np.testing.assert_allclose(data["obs"], np.concatenate([e.observations[:-1] for e in episodes]), rtol=1e-6)
     np.testing.assert_allclose(data["next_obs"], np.concatenate([e.observations[1:] for e in episodes]), rtol=1e-6)
-    assert info["fingerprint"][0] == 5 + 0 + 6 + 30 and data["terminal"].nonzero().flatten().tolist() == [4]
+    assert info["fingerprint"][0] == 4 + 1 + 6 + 30 and not data["terminal"].any()
+
+
+def test_actions_of_integers_are_scaled_without_overflow(data_root):
+    bounds = gym.spaces.Box(-100, 100, (2,), np.int8)
+    actions = np.array([[-100, 50], [0, 100], [100, -25]], np.int8)
+    create(
+        "test/int8-v0", [episode(np.zeros((4, 3)), actions, np.zeros(3))], observation_space=BOX, action_space=bounds
+    )
+    data, info = load_dataset("test/int8-v0", None, None, "cpu")
+    assert data["action"].tolist() == [[-1, 0.5], [0, 1], [1, -0.25]] and info["action_high"] == [100, 100]
 
 
 def test_an_action_with_equal_bounds_is_constant(data_root):

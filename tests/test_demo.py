@@ -16,6 +16,7 @@ import tyro
 import yaml
 from conftest import ROOT, run
 
+import eval as srpo_eval
 import srpo_actor
 import srpo_behavior
 import srpo_critic
@@ -96,6 +97,12 @@ def test_run_sh_hands_the_flags_on(tmp_path):
         calls = called(tmp_path, "bash", "run.sh", "hopper-medium", *flags, ACTOR="--beta 0.01 0.05")
         expected = stage_calls("hopper-medium", *flags)
         assert calls == [*expected[:2], f"{expected[2]} --beta 0.01 0.05", f"eval.py --env hopper-medium {out}"]
+    some = ("--normalize-obs", "--amp", "--lr=9", "--dataset", "a-v0+b-v0", "--run-name", "x")  # not all have all
+    calls = called(tmp_path, "bash", "run.sh", "hopper-medium", *some)
+    for call, stage in zip(calls, (srpo_critic, srpo_behavior, srpo_actor, srpo_eval), strict=True):
+        args = vars(tyro.cli(stage.Args, args=call.split()[1:]))  # which each script understands
+        assert args["run_name"] == "x" and args.get("lr", 9) == 9 and args.get("amp", True)
+        assert args.get("dataset", "a-v0+b-v0") == "a-v0+b-v0" and args.get("normalize_obs", True)
     demo = called(tmp_path, "bash", "run.sh", ACTOR="--beta 0.3")
     assert demo[3].startswith("srpo_actor.py --env local/pointmaze-demo-v0") and demo[3].endswith("--beta 0.3")
     small = called(

@@ -158,8 +158,7 @@ class Broken(gym.Env):
         raise AssertionError("a joint\nhas no position")
 
 
-def test_whatever_an_environment_raises_is_one_line_that_names_it(trained, tmp_path):
-    gym.register("Broken-v0", entry_point=Broken)
+def test_whatever_an_environment_raises_is_one_line_that_names_it(data_root, tmp_path):
     name, _ = recorded("pendulum2", "Pendulum-v1")
     flags = (*TINY[2:], "--env", name, "--steps", 2)
     for stage in ("critic", "behavior"):

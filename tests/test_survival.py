@@ -330,7 +330,7 @@ def test_training_goes_on_when_an_environment_raises(failing, capsys):
     with pytest.raises(SystemExit) as e:
         policies = ("--policy", "srpo", "behavior", "--sampler-steps", 2)
         run_here("eval.py", "--env", "test/fails-v0", "--workers", 1, "--episodes", 3, *policies)
-    assert e.value.code == "error: no scores of behavior: their evaluations failed"
+    assert e.value.code == "error: no scores of behavior with 1 candidate(s): the evaluation failed"
     assert [row["policy"] for row in json.loads((folder / "eval.json").read_text())["policies"]] == ["srpo"]
 
 
@@ -368,9 +368,10 @@ def test_how_often_a_run_is_evaluated_may_change_when_it_goes_on(trained, tmp_pa
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_same_command_twice_at_once_is_refused(stage, trained, tmp_path):
-    """While the first process lives, whether it ends by itself or is killed."""
+    """While the first process lives; after it was killed, the run goes on."""
     script, flags = f"srpo_{stage}.py", stage_flags(stage, trained)
-    process = subprocess.Popen(slowed(script, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    slow = slowed(script, *flags, pause=1)
+    process = subprocess.Popen(slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = tmp_path / "runs" / FOLDER / f"{stage}.jsonl"
     while not log.exists():
         assert process.poll() is None
