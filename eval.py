@@ -9,7 +9,7 @@ idql (Hansen-Estruch et al., 2023), the action of highest Q among several sample
 In your own code: from eval import load_policy; act = load_policy("runs/hopper-medium/actor.pt"); action = act(obs).
 """
 
-import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -214,9 +214,10 @@ def make_sampling_act(weights, info, candidates, steps):
 def make_env(spec, info):
     """An environment with gymnasium's own wrappers, so that no code is run that a data set names."""
     gym.logger.min_level = gym.logger.ERROR  # no advice of newer versions: the data's own is needed
-    if spec["id"] not in gym.registry:
-        sys.modules["farama_notifications"] = None  # silences a notice about other environments
-        importlib.import_module("gymnasium_robotics")  # registers its environments
+    sys.modules["farama_notifications"] = None  # silences a notice about other environments
+    for package in ("gymnasium_robotics", "ogbench"):  # which register their environments
+        if spec["id"] not in gym.registry and importlib.util.find_spec(package):
+            importlib.import_module(package)
     entry = gym.registry[spec["id"]]  # gym.make would import what stands before a colon
     with tempfile.TemporaryDirectory() as folder, mock.patch("tempfile.tempdir", folder):  # mazes leave files there
         env = gym.make(entry, spec["max_episode_steps"], disable_env_checker=True, **spec["kwargs"])
@@ -240,7 +241,7 @@ def rollout(make_act, weights, info, environment, seeds):
         actions = act(np.stack([gym.spaces.flatten(space, obs[i]) for i in running]))
         for i, action in zip(list(running), actions):
             obs[i], reward, terminated, truncated, outcome = envs[i].step(action)
-            success = info["maze"] and outcome["success"]  # ends the task
+            success = info["by_success"] and outcome["success"]  # ends the task
             result[i] += reward, success, 1
             if terminated or truncated or success:
                 running.remove(i)
@@ -255,9 +256,10 @@ def evaluate(make_act, policies, info, environment, seeds, workers):
         played = Parallel(workers, max_nbytes=1000, mmap_mode="c", pre_dispatch="n_jobs")(jobs)  # small messages
     returns, success, length = np.concatenate(played).reshape(len(policies), len(seeds), 3).mean(axis=1).T
     low, high = info["reference"]
-    score = 100 * ((success if info["maze"] else returns) - low) / (high - low)
+    score = 100 * ((success if info["by_success"] else returns) - low) / (high - low)
     metrics = {"eval/score": score, "eval/return": returns, "eval/episode_length": length}
-    return {name: x.tolist() for name, x in (metrics | ({"eval/success": success} if info["maze"] else {})).items()}
+    metrics |= {"eval/success": success} if info["by_success"] else {}
+    return {name: x.tolist() for name, x in metrics.items()}
 
 
 def load(path, device="cpu"):
@@ -326,7 +328,7 @@ def episode(env, make_act, weights, info, seed):
     while not done:
         states.append(gym.spaces.flatten(space, obs))
         obs, _, terminated, truncated, outcome = env.step(act(states[-1][None])[0])
-        success = info["maze"] and outcome["success"]
+        success = info["by_success"] and outcome["success"]
         done = terminated or truncated or success
     return np.array(states), bool(success)
 

@@ -7,7 +7,7 @@ All seeds and betas train at once: on the leading axis R of every tensor, replic
     python srpo_actor.py --env hopper-medium --beta 0.01 0.05    # writes runs/hopper-medium/actor.pt
 """
 
-import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -193,7 +193,7 @@ def actor_loss(policy, q, eps_psi, s, t, eps, beta, weight, baseline, q_grad_nor
     a = policy(s)
     alpha, sigma = alpha_sigma(t)
     with torch.no_grad():
-        score_term = eps_psi(alpha * a + sigma * eps, s, t) - (eps if baseline else 0)  # -sigma times the score
+        score_term = eps_psi(alpha * a + sigma * eps, s, t) - (eps if baseline else 0)  # on average -sigma score
     leaf = a.detach().requires_grad_()
     value = q(s, leaf)
     g = torch.autograd.grad(value.sum(), leaf)[0]  # grad_a Q(s, a) at a = policy(s)
@@ -266,15 +266,16 @@ def evaluation_info(info):
         environments[where] = spec | {"max_episode_steps": limit, "wrappers": ours, "left_out": other}
     low, high = D4RL_SCORES.get(data["id"].partition("-")[0], (0, 100))  # if unknown, the return is the score
     low, high = info["minari"].get("ref_min_score", low), info["minari"].get("ref_max_score", high)
-    return {"environments": environments, "reference": (0, 1) if info["maze"] else (low, high)}
+    return {"environments": environments, "reference": (0, 1) if info["by_success"] else (low, high)}
 
 
 def make_env(spec, info):
     """An environment with gymnasium's own wrappers, so that no code is run that a data set names."""
     gym.logger.min_level = gym.logger.ERROR  # no advice of newer versions: the data's own is needed
-    if spec["id"] not in gym.registry:
-        sys.modules["farama_notifications"] = None  # silences a notice about other environments
-        importlib.import_module("gymnasium_robotics")  # registers its environments
+    sys.modules["farama_notifications"] = None  # silences a notice about other environments
+    for package in ("gymnasium_robotics", "ogbench"):  # which register their environments
+        if spec["id"] not in gym.registry and importlib.util.find_spec(package):
+            importlib.import_module(package)
     entry = gym.registry[spec["id"]]  # gym.make would import what stands before a colon
     with tempfile.TemporaryDirectory() as folder, mock.patch("tempfile.tempdir", folder):  # mazes leave files there
         env = gym.make(entry, spec["max_episode_steps"], disable_env_checker=True, **spec["kwargs"])
@@ -298,9 +299,9 @@ def play(weights, info, environment, seed):
             x = np.maximum(x @ weight + bias[0], 0)
         action = low + (high - low) * (np.tanh(x @ weights[-2] + weights[-1][0]) + 1) / 2
         obs, reward, terminated, truncated, outcome = env.step(action.clip(low, high))  # rounding may exceed the bounds
-        success = info["maze"] and outcome["success"]
+        success = info["by_success"] and outcome["success"]
         result += reward, success, 1
-        done = terminated or truncated or success  # in mazes an episode ends at its first success
+        done = terminated or truncated or success  # a task that is scored by success ends with it
     return result
 
 
@@ -311,9 +312,10 @@ def evaluate(policies, info, environment, seeds, workers):
         played = Parallel(workers, max_nbytes=1000, mmap_mode="c", pre_dispatch="n_jobs")(jobs)  # small messages
     returns, success, length = np.reshape(played, (len(policies), len(seeds), 3)).mean(axis=1).T
     low, high = info["reference"]
-    score = 100 * ((success if info["maze"] else returns) - low) / (high - low)
+    score = 100 * ((success if info["by_success"] else returns) - low) / (high - low)
     metrics = {"eval/score": score, "eval/return": returns, "eval/episode_length": length}
-    return {name: x.tolist() for name, x in (metrics | ({"eval/success": success} if info["maze"] else {})).items()}
+    metrics |= {"eval/success": success} if info["by_success"] else {}
+    return {name: x.tolist() for name, x in metrics.items()}
 
 
 def load(path, device="cpu"):
@@ -396,7 +398,7 @@ if __name__ == "__main__":
     args.beta = tuple(dict.fromkeys(args.beta)) or (BETAS.get(domain, {}).get(level, 0.05),)
     args.q_grad_norm = args.q_grad_norm or ("rms" if info["maze"] else "none")
     args.hidden_layers = args.hidden_layers or (4 if info["maze"] else 2)
-    print(f"beta {args.beta}, q-grad-norm {args.q_grad_norm}, hidden-layers {args.hidden_layers}")
+    print(f"beta {' '.join(map(str, args.beta))}, q-grad-norm {args.q_grad_norm}, hidden-layers {args.hidden_layers}")
     environment = info["environments"][args.eval_env] if info["environments"] and args.eval_every else None
     torch.manual_seed(seeds[0])
     replicas = [{"seed": seed, "beta": beta} for seed in seeds for beta in args.beta]

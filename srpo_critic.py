@@ -147,29 +147,29 @@ def load_dataset(env, dataset, normalize_obs, device):
     data = np.empty((sum(d.storage.total_steps for d in sets), 2 * S + A + 2), np.float32)
     episodes, N, clipped, cut = [], 0, 0, 0
     parts = [(d, part) for d in sets for part in np.array_split(d.episode_indices, 50)]  # each reading has a cache
-    for i, episode in enumerate(x for d, part in parts for x in d.iterate_episodes(part)):
-        obs, terminal, T = episode.observations, episode.terminations, len(episode)
-        rows = flatten(space, obs)
+    for i, ep in enumerate(x for d, part in parts for x in d.iterate_episodes(part)):
+        obs, rows, terminal, T = ep.observations, flatten(space, ep.observations), ep.terminations, len(ep)
         if len(rows) == T > 1:  # the last action has no next observation
             T, cut = T - 1, cut + 1
         if maze:  # the recording continues after success, which here terminates
             terminal = np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1)[1:] <= 0.45
             T = int(terminal.argmax()) + 1 if terminal.any() else T
-        action = np.clip(episode.actions[:T], low, high)  # as simulators do
-        clipped += (action != episode.actions[:T]).any(axis=1).sum()
+        action = np.clip(ep.actions[:T], low, high)  # as simulators do
+        clipped += (action != ep.actions[:T]).any(axis=1).sum()
         action = 2 * (action - low) / np.maximum(high - low, 1e-9) - 1  # -1 if the bounds are equal
-        columns = rows[:T], action, episode.rewards[:T], rows[1 : T + 1], terminal[:T]
-        fits = {len(x) for x in columns} == {T} and episode.rewards.size == len(episode)
+        columns = rows[:T], action, ep.rewards[:T], rows[1 : T + 1], terminal[:T]
+        fits = {len(x) for x in columns} == {T} and ep.rewards.size == len(ep)
         block = np.column_stack([np.float32(x) for x in columns]) if fits else np.nan
         if not np.isfinite(block).all():
             sys.exit(f"error: episode {i} of {source} has missing or not finite values, or several rewards per step")
         data[N : N + T], N = block, N + T
-        episodes.append((episode.rewards.sum(), terminal.any(), len(episode)))
+        episodes.append((ep.rewards.sum(), terminal.any(), len(ep)))
     data, (returns, success, lengths) = data[:N], np.transpose(episodes)
     info = {"env": env, "fingerprint": [N, zlib.crc32(data)], "maze": maze, "state_dim": S, "action_dim": A}
+    info["minari"] = {k: x for k, x in sets[0].storage.metadata.items() if k.endswith(("env_spec", "_score"))}
     if maze:
         data[:, S + A] -= 1
-    elif np.ptp(returns) > 1e-6 * np.abs(returns).max():  # not equal but for rounding
+    elif "success_score" not in info["minari"] and np.ptp(returns) > 1e-6 * np.abs(returns).max():
         data[:, S + A] *= 1000 / np.ptp(returns)
     mean, std = np.zeros(S, np.float32), np.ones(S, np.float32)
     if normalize_obs or normalize_obs is None and minari_ids(env) == [env]:
@@ -180,10 +180,10 @@ def load_dataset(env, dataset, normalize_obs, device):
         obs /= std
     info |= {"observation_space": serialize_space(space), "obs_mean": mean.tolist(), "obs_std": std.tolist()}
     info |= {"action_low": low.tolist(), "action_high": high.tolist(), "longest_episode": int(lengths.max())}
-    info |= {"data_outcome": float((success if maze else returns).mean())}  # what an evaluation measures
-    info["minari"] = {k: x for k, x in sets[0].storage.metadata.items() if k.endswith(("env_spec", "_score"))}
+    info["by_success"] = maze or "success_score" in info["minari"]  # what an evaluation measures
+    info["data_outcome"] = float((success if info["by_success"] else returns).mean())
     print(f"{source}: {len(returns):,} episodes, mean return {returns.mean():.2f}, {N:,} transitions,", end=" ")
-    print(f"{clipped:,} actions clipped, {cut:,} last steps cut, observations standardised: {(std != 1).any()}")
+    print(f"{clipped:,} actions clipped, {cut:,} steps without next state cut, standardised: {(std != 1).any()}")
     return torch.from_numpy(data).to(device), info
 
 

@@ -356,7 +356,12 @@ def measure_evaluation(quick):
     """Environment steps per second of evaluate(), for one and two workers: workers -> steps/s."""
     environment = {"id": "HalfCheetah-v5", "kwargs": {}, "max_episode_steps": 200 if quick else 1000, "wrappers": []}
     space = gym.spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float64)
-    info = {"maze": False, "reference": (0, 1), "observation_space": serialize_space(space), "state_dim": STATE_DIM}
+    info = {
+        "by_success": False,
+        "reference": (0, 1),
+        "observation_space": serialize_space(space),
+        "state_dim": STATE_DIM,
+    }
     info |= {"obs_mean": [0.0] * STATE_DIM, "obs_std": [1.0] * STATE_DIM}
     info |= {"action_low": [-1.0] * ACTION_DIM, "action_high": [1.0] * ACTION_DIM}
     policy = [x[0].numpy() for x in srpo_actor.mlp([STATE_DIM, 256, 256, ACTION_DIM], 1).state_dict().values()]

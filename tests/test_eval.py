@@ -322,7 +322,7 @@ class Corridor(gym.Env):
 
 def test_ways_are_the_positions_of_an_episode():
     gym.register("Corridor-v0", entry_point=Corridor)
-    info = {"maze": True, "observation_space": serialize_space(Corridor.observation_space)}
+    info = {"by_success": True, "observation_space": serialize_space(Corridor.observation_space)}
     info |= {"state_dim": 4, "action_low": [-1.0], "action_high": [1.0]}
     environment = {"id": "Corridor-v0", "kwargs": {}, "max_episode_steps": 20, "wrappers": []}
     for speed, steps, success in ((1, 9, True), (0.1, 20, False)):
