@@ -251,8 +251,6 @@ def capture(update):
 def evaluation_info(info):
     """From Minari's entries for the data: the environments, and the outcomes that score 0 and 100."""
     data, fixed = (json.loads(info["minari"].get(name, "null")) for name in ("env_spec", "eval_env_spec"))
-    if data is None:
-        return {"environments": None, "reference": None}
     if data["kwargs"].get("maze_map") in (UMAZE, [[int(cell == 1) for cell in row] for row in UMAZE]):
         fixed = data | {"kwargs": data["kwargs"] | {"maze_map": UMAZE}}  # Minari's evaluation maze has other walls
     limit = min(x["max_episode_steps"] or info["longest_episode"] for x in (data, fixed or data))
@@ -392,7 +390,7 @@ if __name__ == "__main__":
     if not seeds or not set(seeds) <= set(shared):
         sys.exit(f"error: critic and behaviour model share seeds {shared}, not {seeds or 'any'}: train both on those")
     info = artifacts["critic"]["info"]
-    info |= evaluation_info(info) | {"sources": sources}
+    info |= (evaluation_info(info) if "env_spec" in info["minari"] else {"environments": None}) | {"sources": sources}
     obs, S, A = artifacts["behavior"].pop("obs").to(device), info["state_dim"], info["action_dim"]
     domain, _, level = args.env.removesuffix("-v2").partition("-")
     args.beta = tuple(dict.fromkeys(args.beta)) or (BETAS.get(domain, {}).get(level, 0.05),)

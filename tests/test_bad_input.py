@@ -295,7 +295,7 @@ def test_bad_input_environment_that_cannot_be_made(trained):
 def test_bad_input_data_without_an_environment(trained):
     artifact = torch.load(trained / "actor.pt", weights_only=True)
     Path("runs/none").mkdir(parents=True)
-    artifact["info"] |= {"environments": None, "reference": None}
+    artifact["info"] |= {"environments": None}
     torch.save(artifact, "runs/none/actor.pt")
     refused("the data set of none has no environment to evaluate in", "eval.py", "--env", "none")
 
