@@ -162,7 +162,7 @@ if __name__ == "__main__":
         os.environ["MINARI_DATASETS_PATH"] = f"{folder}/data"
         make_set("cuda/hopper-v0")
         path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
-        environ = os.environ | {"PYTHONPATH": path}
+        environ = os.environ | {"PYTHONPATH": path, "TQDM_MININTERVAL": "30"}  # few lines into the pipes
         for part, limit in LIMITS.items():
             begin, said = time.time(), []
             options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
