@@ -145,7 +145,7 @@ def load_dataset(env, dataset, normalize_obs, device):
     maze = spec is not None and "Maze" in spec.id and "achieved_goal" in getattr(space, "spaces", ())
     data = np.empty((sum(d.storage.total_steps for d in sets), 2 * S + A + 2), np.float32)
     episodes, N, clipped, cut = [], 0, 0, 0
-    parts = [(d, part) for d in sets for part in np.array_split(d.episode_indices, 50)]  # each reading has a cache
+    parts = [(d, part) for d in sets for part in np.array_split(d.episode_indices, 50)]  # bounds HDF5's cache
     for i, ep in enumerate(x for d, part in parts for x in d.iterate_episodes(part)):
         obs, rows, terminal, T = ep.observations, flatten(space, ep.observations), ep.terminations, len(ep)
         if len(rows) == T > 1:  # the last action has no next observation
