@@ -17,14 +17,14 @@ if (($# == 0)); then
     actor="--steps 3000 --batch-size 128 --lr 1e-3 --beta 0.1 --eval-every 1000"
 elif [[ $1 == --small ]]; then
     shift
-    steps=15000 beta=0.02 horizon=""
+    steps=20000 horizon=""
     if [[ ${1:-} == *antmaze* ]]; then
-        steps=40000 beta=0.01              # the ant's behaviour model needs more steps, its Q a smaller beta
+        steps=30000                        # the ant's behaviour model needs more steps
         horizon="--gamma 0.997 --tau 0.05" # the goal is hundreds of steps away
     fi
-    critic="--num-seeds 3 --steps 60000 --lr 1e-3 --lr-decay $horizon"
-    behavior="--num-seeds 3 --steps $steps --batch-size 128 --lr 1e-3 --lr-decay --predict v"
-    actor="--steps 10000 --lr 1e-3 --beta $beta --eval-every 5000"
+    critic="--num-seeds 3 --steps 60000 --lr 1e-3 --lr-decay --normalize-obs $horizon"
+    behavior="--num-seeds 3 --steps $steps --batch-size 128 --lr 1e-3 --lr-decay --predict v --normalize-obs"
+    actor="--steps 20000 --batch-size 128 --lr 1e-3 --beta 0.002 0.01 --eval-every 10000"
     EVAL="--policy srpo behavior ${EVAL:-}"
 fi
 

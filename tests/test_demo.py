@@ -113,6 +113,10 @@ def test_run_sh_hands_the_flags_on(tmp_path):
     assert "--num-seeds 3" in small[0] and "--num-seeds 3" in small[1]
     assert "--lr-decay" in small[0] and "--predict v" in small[1] and small[1].endswith("--lr 9 --steps 5")
     assert small[3].startswith("eval.py --env hopper-medium --policy srpo") and small[3].endswith("--latency")
+    for flags, expected in ([], True), (["--no-normalize-obs"], False):  # the recipe standardises unless told otherwise
+        calls = called(tmp_path, "bash", "run.sh", "--small", "hopper-medium", *flags)
+        for call, stage in zip(calls, (srpo_critic, srpo_behavior, srpo_actor, srpo_eval), strict=True):
+            assert vars(tyro.cli(stage.Args, args=call.split()[1:])).get("normalize_obs", expected) is expected
     maze = called(tmp_path, "bash", "run.sh", "--small", "antmaze-umaze")
     assert maze[1] != small[1].replace("hopper-medium", "antmaze-umaze") and "--env antmaze-umaze" in maze[1]
     assert "--gamma 0.997 --tau 0.05" in maze[0] and "--gamma" not in small[0]
