@@ -24,7 +24,7 @@ elif [[ $1 == --small ]]; then
     fi
     critic="--num-seeds 3 --steps 60000 --lr 1e-3 --lr-decay --normalize-obs $horizon"
     behavior="--num-seeds 3 --steps $steps --batch-size 128 --lr 1e-3 --lr-decay --predict v --normalize-obs"
-    actor="--steps 20000 --batch-size 128 --lr 1e-3 --beta 0.002 0.01 --eval-every 10000"
+    actor="--steps 20000 --batch-size 128 --lr 1e-3 --beta 0.002 0.01 0.05 --eval-every 10000"
     EVAL="--policy srpo behavior ${EVAL:-}"
 fi
 
