@@ -13,7 +13,7 @@ if (($# == 0)); then
     python examples/collect_pointmaze.py
     set -- local/pointmaze-demo-v0
     critic="--steps 15000 --batch-size 128 --lr 1e-3 --lr-decay --tau 0.05" # a large tau: values propagate in few steps
-    behavior="--steps 2000 --batch-size 128 --lr 1e-3 --lr-decay --predict v"
+    behavior="--steps 2000 --batch-size 128 --lr 1e-3 --lr-decay --predict v --dropout 0"
     actor="--steps 3000 --batch-size 128 --lr 1e-3 --beta 0.1 --eval-every 1000"
 elif [[ $1 == --small ]]; then
     shift
@@ -23,8 +23,8 @@ elif [[ $1 == --small ]]; then
         horizon="--gamma 0.997 --tau 0.05" # the goal is hundreds of steps away
     fi
     critic="--num-seeds 3 --steps 60000 --lr 1e-3 --lr-decay --normalize-obs $horizon"
-    behavior="--num-seeds 3 --steps $steps --batch-size 128 --lr 1e-3 --lr-decay --predict v --normalize-obs"
-    actor="--steps 20000 --batch-size 128 --lr 1e-3 --beta 0.002 0.01 0.05 --eval-every 10000"
+    behavior="--num-seeds 3 --steps $steps --batch-size 128 --lr 1e-3 --lr-decay --predict v --dropout 0 --normalize-obs"
+    actor="--steps 20000 --batch-size 128 --lr 1e-3 --beta 0.002 0.01 0.05 0.2 --eval-every 10000"
     EVAL="--policy srpo behavior ${EVAL:-}"
 fi
 

@@ -160,7 +160,7 @@ def alpha_sigma(t):
 class BehaviorModel(nn.Module):
     """eps_psi(a_t | s, t), the noise in a_t: a_t [R, B, A], s [R, B, S], t [R, B, 1] -> [R, B, A]."""
 
-    def __init__(self, state_dim, action_dim, R, predict):
+    def __init__(self, state_dim, action_dim, R, predict, dropout=0.1):
         super().__init__()
         self.predict = predict
         self.register_buffer("W", 30 * torch.randn(R, 1, 32))  # frequencies of time, never trained
@@ -168,7 +168,7 @@ class BehaviorModel(nn.Module):
         self.first = Linear(action_dim + state_dim + 128, 256, R)
         self.blocks = nn.ModuleList()
         for _ in range(3):
-            layers = nn.Dropout(0.1), LayerNorm(256, R), Linear(256, 1024, R), nn.Mish(), Linear(1024, 256, R)
+            layers = nn.Dropout(dropout), LayerNorm(256, R), Linear(256, 1024, R), nn.Mish(), Linear(1024, 256, R)
             self.blocks.append(nn.Sequential(*layers))
         self.last = Linear(256, action_dim, R)
 
@@ -178,10 +178,9 @@ class BehaviorModel(nn.Module):
         x = self.first(torch.cat([a_t, s, time], dim=-1))
         for block in self.blocks:
             x = x + block(x)
-        if self.predict == "eps":
-            return self.last(F.mish(x))
+        output = self.last(F.mish(x))
         alpha, sigma = alpha_sigma(t)
-        return sigma * a_t + alpha * self.last(F.mish(x))  # eps = sigma a_t + alpha v
+        return output if self.predict == "eps" else sigma * a_t + alpha * output  # eps = sigma a_t + alpha v
 
 
 def actor_loss(policy, q, eps_psi, s, t, eps, beta, weight, baseline, q_grad_norm):
@@ -365,7 +364,7 @@ def select(artifact, seeds, prefix=""):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     for name, x in [(name, x) for name, value in vars(args).items() for x in np.atleast_1d(value).tolist()]:
-        if type(x) in (int, float) and not (0 < x < np.inf or x == 0 and name in ("seed", "eval_every")):
+        if type(x) in (int, float) and not (0 < x < np.inf or x == 0 and name in ("seed", "eval_every", "dropout")):
             sys.exit(f"error: --{name.replace('_', '-')} {x}: must be positive")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")

@@ -55,7 +55,9 @@ class Args:
     lr_decay: bool = False
     """cosine decay of the learning rate to 0 at the last step; helps short runs"""
     predict: Literal["eps", "v"] = "eps"
-    """output of the network: eps as in the paper, or v = alpha eps - sigma a, which needs far fewer samples"""
+    """network's output: eps as in the paper, or v = alpha eps - sigma a with a loss in the actions, for short runs"""
+    dropout: float = 0.1
+    """probability of dropout in the network; 0 helps short runs"""
     normalize_obs: tyro.conf.DisallowNone[bool | None] = None
     """standardise observations (default: off for D4RL's task names, as in the paper, and on for other data)"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -219,7 +221,7 @@ def alpha_sigma(t):
 class BehaviorModel(nn.Module):
     """eps_psi(a_t | s, t), the noise in a_t: a_t [R, B, A], s [R, B, S], t [R, B, 1] -> [R, B, A]."""
 
-    def __init__(self, state_dim, action_dim, R, predict):
+    def __init__(self, state_dim, action_dim, R, predict, dropout=0.1):
         super().__init__()
         self.predict = predict
         self.register_buffer("W", 30 * torch.randn(R, 1, 32))  # frequencies of time, never trained
@@ -227,7 +229,7 @@ class BehaviorModel(nn.Module):
         self.first = Linear(action_dim + state_dim + 128, 256, R)
         self.blocks = nn.ModuleList()
         for _ in range(3):
-            layers = nn.Dropout(0.1), LayerNorm(256, R), Linear(256, 1024, R), nn.Mish(), Linear(1024, 256, R)
+            layers = nn.Dropout(dropout), LayerNorm(256, R), Linear(256, 1024, R), nn.Mish(), Linear(1024, 256, R)
             self.blocks.append(nn.Sequential(*layers))
         self.last = Linear(256, action_dim, R)
 
@@ -237,19 +239,17 @@ class BehaviorModel(nn.Module):
         x = self.first(torch.cat([a_t, s, time], dim=-1))
         for block in self.blocks:
             x = x + block(x)
-        if self.predict == "eps":
-            return self.last(F.mish(x))
+        output = self.last(F.mish(x))
         alpha, sigma = alpha_sigma(t)
-        return sigma * a_t + alpha * self.last(F.mish(x))  # eps = sigma a_t + alpha v
+        return output if self.predict == "eps" else sigma * a_t + alpha * output  # eps = sigma a_t + alpha v
 
 
 def behavior_loss(model, s, a, t, eps):
     """Eq. 13 and what is minimised (see --predict), each [R]. s [R, B, S], a and eps [R, B, A], t [R, B, 1]."""
     alpha, sigma = alpha_sigma(t)
-    error = ((model(alpha * a + sigma * eps, s, t) - eps) ** 2).sum(dim=-1)  # [R, B]
-    loss = error.mean(dim=-1)
-    minimised = loss if model.predict == "eps" else (error / alpha.squeeze(-1) ** 2).mean(dim=-1)  # |v_psi - v|^2
-    return loss, minimised
+    error = ((model(alpha * a + sigma * eps, s, t) - eps) ** 2).sum(dim=-1, keepdim=True)  # [R, B, 1]
+    weight = 1 if model.predict == "eps" else (sigma / alpha) ** 2  # |a_psi - a|^2: a = (a_t - sigma eps) / alpha
+    return error.mean(dim=(1, 2)), (weight * error).mean(dim=(1, 2))
 
 
 def make_update(args, model, optimizer, draw, window, start):
@@ -329,7 +329,7 @@ def open_run(folder, about, model, optimizer, device):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     for name, x in [(name, x) for name, value in vars(args).items() for x in np.atleast_1d(value).tolist()]:
-        if type(x) in (int, float) and not (0 < x < np.inf or x == 0 and name in ("seed", "eval_every")):
+        if type(x) in (int, float) and not (0 < x < np.inf or x == 0 and name in ("seed", "eval_every", "dropout")):
             sys.exit(f"error: --{name.replace('_', '-')} {x}: must be positive")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
@@ -340,7 +340,7 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     R, S, A = args.num_seeds, info["state_dim"], info["action_dim"]
     replicas = [{"seed": args.seed + r} for r in range(R)]
-    model = BehaviorModel(S, A, R, args.predict).to(device)
+    model = BehaviorModel(S, A, R, args.predict, args.dropout).to(device)
     adam = {"lr": torch.tensor(args.lr, device=device), "fused": True, "capturable": device == "cuda"}
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, **adam)
     window = torch.zeros(len(METRICS), R, device=device)  # sums of the metrics since the last log line

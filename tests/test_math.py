@@ -129,25 +129,28 @@ def test_behavior_loss_is_least_at_the_best_network(t, predict):
     alpha, sigma = (x[0, 0].item() for x in srpo_behavior.alpha_sigma(t))
     variance = std**2 / (alpha**2 * std**2 + sigma**2)  # of v given a_t
     assert loss.item() == pytest.approx(alpha**2 * variance, rel=1e-9)
-    assert minimised.item() == pytest.approx(variance * (alpha**2 if predict == "eps" else 1), rel=1e-9)
+    assert minimised.item() == pytest.approx(variance * (alpha if predict == "eps" else sigma) ** 2, rel=1e-9)
     assert change.grad.abs().max() < 1e-9
 
 
-def test_what_is_minimised_is_the_error_of_the_output():
-    """For v at every time |v_psi - v|^2, which is Eq. 13's error over alpha^2; for eps Eq. 13's error itself."""
+def test_what_is_minimised_is_the_error_of_what_is_predicted():
+    """For v that of the action which v_psi stands for, |a_psi - a|^2; for eps Eq. 13's error itself."""
     for t in torch.linspace(0.001, 1, 30).tolist():
         s, a, eps, t = torch.randn(2, 5, 3), torch.randn(2, 5, 2), torch.randn(2, 5, 2), torch.full((2, 5, 1), t)
         alpha, sigma = srpo_behavior.alpha_sigma(t)
-        for predict, true in {"eps": eps, "v": alpha * eps - sigma * a}.items():
+        for predict, true in {"eps": eps, "v": a}.items():
             model, outputs = srpo_behavior.BehaviorModel(3, 2, 2, predict), []
             model.last.register_forward_hook(lambda *args, outputs=outputs: outputs.append(args[2].detach()))
             loss, minimised = srpo_behavior.behavior_loss(model, s, a, t, eps)
-            direct = ((outputs[0] - true) ** 2).sum(dim=-1).mean(dim=-1)
-            torch.testing.assert_close(minimised, direct, rtol=1e-10, atol=0)
-            if predict == "v":
-                torch.testing.assert_close(loss, alpha[0, 0] ** 2 * direct, rtol=1e-10, atol=0)
-            else:
+            if predict == "eps":
                 assert torch.equal(loss, minimised)
+                predicted = outputs[0]
+            else:  # the rotation (a, eps) -> (a_t, v) turned back
+                predicted = alpha * (alpha * a + sigma * eps) - sigma * outputs[0]
+            direct = ((predicted - true) ** 2).sum(dim=-1).mean(dim=-1)
+            torch.testing.assert_close(minimised, direct, rtol=1e-10, atol=0)
+            snr = (alpha[0, 0] / sigma[0, 0]) ** 2 if predict == "v" else 1
+            torch.testing.assert_close(loss, snr * direct, rtol=1e-8, atol=0)
 
 
 def test_the_two_copies_of_the_noise_schedule_preserve_variance():

@@ -131,7 +131,7 @@ def test_the_main_parts_set_up_what_the_paper_says(trained):
 
     names = run_here("srpo_behavior.py", *tiny, "--batch-size", 5000)
     assert type(names["optimizer"]) is torch.optim.AdamW and names["optimizer"].defaults["weight_decay"] == 0.01
-    assert names["model"].training and names["model"].predict == "eps"
+    assert names["model"].training and names["model"].predict == "eps" and names["model"].blocks[2][0].p == 0.1
     assert names["model"].W.std().item() == pytest.approx(30, rel=0.5)
     t = names["draw"]()[2]
     assert 0.001 <= t.min() < 0.005 and 0.995 < t.max() <= 1
@@ -731,7 +731,8 @@ def test_maze_episodes_end_at_success_and_score_it():
 
 def test_actor_and_eval_follow_what_the_behavior_model_predicts(trained, tmp_path):
     """Without a flag: a model of v = alpha eps - sigma a gives eps = sigma a_t + alpha v."""
-    run_here("srpo_behavior.py", *TINY, "--steps", 5, "--predict", "v", "--lr-decay")
+    names = run_here("srpo_behavior.py", *TINY, "--steps", 5, "--predict", "v", "--lr-decay", "--dropout", 0)
+    assert names["model"].blocks[2][0].p == 0
     behavior = tmp_path / "runs" / FOLDER / "behavior.pt"
     assert load(behavior)["args"]["predict"] == "v"
     flags = ("--steps", 2, "--eval-every", 0, "--critic", trained / "critic.pt", "--seed", 0)

@@ -135,6 +135,8 @@ def test_dropout_is_on_while_the_behavior_model_trains():
     x = torch.randn(1, B, A), torch.randn(1, B, S), torch.rand(1, B, 1)
     assert not torch.equal(model(*x), model(*x))
     assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.1] * 3
+    without = srpo_behavior.BehaviorModel(S, A, 1, "eps", dropout=0.0)
+    assert torch.equal(without(*x), without(*x))
 
 
 # ---- one update of R replicas, by each stage's own make_update
