@@ -111,7 +111,7 @@ def test_run_sh_hands_the_flags_on(tmp_path):
     for call in small[:3]:  # flags come after the recipe's, of which tyro takes the last
         assert call.index("--env hopper-medium ") < call.index("--lr 1e-3") < call.index("--lr 9")
     assert "--num-seeds 3" in small[0] and "--num-seeds 3" in small[1]
-    assert "--lr-decay" in small[0] and "--predict v" in small[1] and small[1].endswith("--lr 9 --steps 5")
+    assert "--lr-decay" in small[0] and "--predict v --dropout 0" in small[1] and small[1].endswith("--lr 9 --steps 5")
     assert small[3].startswith("eval.py --env hopper-medium --policy srpo") and small[3].endswith("--latency")
     for flags, expected in ([], True), (["--no-normalize-obs"], False):  # the recipe standardises unless told otherwise
         calls = called(tmp_path, "bash", "run.sh", "--small", "hopper-medium", *flags)
@@ -120,6 +120,7 @@ def test_run_sh_hands_the_flags_on(tmp_path):
     maze = called(tmp_path, "bash", "run.sh", "--small", "antmaze-umaze")
     assert maze[1] != small[1].replace("hopper-medium", "antmaze-umaze") and "--env antmaze-umaze" in maze[1]
     assert "--gamma 0.997 --tau 0.05" in maze[0] and "--gamma" not in small[0]
+    assert "--beta 0.002 0.005 0.01 " in maze[2] and "--beta 0.002 0.01 0.05 0.2 " in small[2]
     for flags in (["--num-seeds", "6"], ["--small"]):
         done = subprocess.run(["bash", ROOT / "run.sh", *flags], capture_output=True, text=True)
         assert done.returncode != 0 and "the task comes first" in done.stderr
