@@ -178,9 +178,10 @@ class BehaviorModel(nn.Module):
         x = self.first(torch.cat([a_t, s, time], dim=-1))
         for block in self.blocks:
             x = x + block(x)
-        output = self.last(F.mish(x))
+        if self.predict == "eps":
+            return self.last(F.mish(x))
         alpha, sigma = alpha_sigma(t)
-        return output if self.predict == "eps" else sigma * a_t + alpha * output  # eps = sigma a_t + alpha v
+        return sigma * a_t + alpha * self.last(F.mish(x))  # eps = sigma a_t + alpha v
 
 
 def actor_loss(policy, q, eps_psi, s, t, eps, beta, weight, baseline, q_grad_norm):

@@ -239,17 +239,18 @@ class BehaviorModel(nn.Module):
         x = self.first(torch.cat([a_t, s, time], dim=-1))
         for block in self.blocks:
             x = x + block(x)
-        output = self.last(F.mish(x))
+        if self.predict == "eps":
+            return self.last(F.mish(x))
         alpha, sigma = alpha_sigma(t)
-        return output if self.predict == "eps" else sigma * a_t + alpha * output  # eps = sigma a_t + alpha v
+        return sigma * a_t + alpha * self.last(F.mish(x))  # eps = sigma a_t + alpha v
 
 
 def behavior_loss(model, s, a, t, eps):
-    """Eq. 13 and what is minimised (see --predict), each [R]. s [R, B, S], a and eps [R, B, A], t [R, B, 1]."""
+    """Eq. 13 and what is minimised, for v |a_psi - a|^2; each [R]. s [R, B, S], a and eps [R, B, A], t [R, B, 1]."""
     alpha, sigma = alpha_sigma(t)
-    error = ((model(alpha * a + sigma * eps, s, t) - eps) ** 2).sum(dim=-1, keepdim=True)  # [R, B, 1]
-    weight = 1 if model.predict == "eps" else (sigma / alpha) ** 2  # |a_psi - a|^2: a = (a_t - sigma eps) / alpha
-    return error.mean(dim=(1, 2)), (weight * error).mean(dim=(1, 2))
+    error = ((model(alpha * a + sigma * eps, s, t) - eps) ** 2).sum(dim=-1)  # [R, B]; a = (a_t - sigma eps) / alpha
+    loss = error.mean(dim=-1)
+    return loss, loss if model.predict == "eps" else (error * (sigma / alpha).squeeze(-1) ** 2).mean(dim=-1)
 
 
 def make_update(args, model, optimizer, draw, window, start):
@@ -359,8 +360,7 @@ if __name__ == "__main__":
     def draw():
         index = torch.randint(len(data), (R, args.batch_size), device=device)  # with replacement
         s, a, *_ = data[index].split([S, A, 1, S, 1], dim=-1)
-        t = torch.empty(R, args.batch_size, 1, device=device).uniform_(0.001, 1)
-        return s, a, t, torch.randn_like(a)
+        return s, a, torch.empty_like(s[..., :1]).uniform_(0.001, 1), torch.randn_like(a)  # s, a, t, eps
 
     update = make_update(args, model, optimizer, draw, window, start)
     update = torch.compile(update) if args.compile else update
