@@ -365,7 +365,7 @@ def select(artifact, seeds, prefix=""):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     for name, x in [(name, x) for name, value in vars(args).items() for x in np.atleast_1d(value).tolist()]:
-        if type(x) in (int, float) and not (0 < x < np.inf or x == 0 and name in ("seed", "eval_every", "dropout")):
+        if type(x) in (int, float) and not (0 < x < np.inf or x == 0 and name in ("seed", "eval_every")):
             sys.exit(f"error: --{name.replace('_', '-')} {x}: must be positive")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")

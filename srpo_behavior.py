@@ -55,9 +55,9 @@ class Args:
     lr_decay: bool = False
     """cosine decay of the learning rate to 0 at the last step; helps short runs"""
     predict: Literal["eps", "v"] = "eps"
-    """network's output: eps as in the paper, or v = alpha eps - sigma a with a loss in the actions, for short runs"""
-    dropout: float = 0.1
-    """probability of dropout in the network; 0 helps short runs"""
+    """network's output: eps as in the paper, or, for short runs, v = alpha eps - sigma a, trained on the error in a"""
+    dropout: bool = True
+    """dropout of 0.1 in the network, as in the paper; short runs are better without"""
     normalize_obs: tyro.conf.DisallowNone[bool | None] = None
     """standardise observations (default: off for D4RL's task names, as in the paper, and on for other data)"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -248,7 +248,7 @@ class BehaviorModel(nn.Module):
 def behavior_loss(model, s, a, t, eps):
     """Eq. 13 and what is minimised, for v |a_psi - a|^2; each [R]. s [R, B, S], a and eps [R, B, A], t [R, B, 1]."""
     alpha, sigma = alpha_sigma(t)
-    error = ((model(alpha * a + sigma * eps, s, t) - eps) ** 2).sum(dim=-1)  # [R, B]; a = (a_t - sigma eps) / alpha
+    error = ((model(alpha * a + sigma * eps, s, t) - eps) ** 2).sum(dim=-1)  # [R, B]; a_psi: the predicted action
     loss = error.mean(dim=-1)
     return loss, loss if model.predict == "eps" else (error * (sigma / alpha).squeeze(-1) ** 2).mean(dim=-1)
 
@@ -330,7 +330,7 @@ def open_run(folder, about, model, optimizer, device):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     for name, x in [(name, x) for name, value in vars(args).items() for x in np.atleast_1d(value).tolist()]:
-        if type(x) in (int, float) and not (0 < x < np.inf or x == 0 and name in ("seed", "eval_every", "dropout")):
+        if type(x) in (int, float) and not (0 < x < np.inf or x == 0 and name in ("seed", "eval_every")):
             sys.exit(f"error: --{name.replace('_', '-')} {x}: must be positive")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
@@ -341,7 +341,7 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     R, S, A = args.num_seeds, info["state_dim"], info["action_dim"]
     replicas = [{"seed": args.seed + r} for r in range(R)]
-    model = BehaviorModel(S, A, R, args.predict, args.dropout).to(device)
+    model = BehaviorModel(S, A, R, args.predict, dropout=0.1 * args.dropout).to(device)
     adam = {"lr": torch.tensor(args.lr, device=device), "fused": True, "capturable": device == "cuda"}
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, **adam)
     window = torch.zeros(len(METRICS), R, device=device)  # sums of the metrics since the last log line

@@ -312,7 +312,7 @@ def open_run(folder, about, model, optimizer, device):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     for name, x in [(name, x) for name, value in vars(args).items() for x in np.atleast_1d(value).tolist()]:
-        if type(x) in (int, float) and not (0 < x < np.inf or x == 0 and name in ("seed", "eval_every", "dropout")):
+        if type(x) in (int, float) and not (0 < x < np.inf or x == 0 and name in ("seed", "eval_every")):
             sys.exit(f"error: --{name.replace('_', '-')} {x}: must be positive")
     if max(args.expectile or 0, args.gamma, args.tau) > 1:
         sys.exit("error: --expectile, --gamma and --tau must be at most 1")

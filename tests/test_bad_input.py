@@ -101,11 +101,7 @@ FLAGS = {
         ("--gamma 1.01", "must be at most 1"),
         ("--device cuda", "finds no CUDA device: use --device cpu"),
     ],
-    "behavior": [
-        ("--steps -5", "--steps -5: must be positive"),
-        ("--dropout -0.1", "--dropout -0.1: must be positive"),
-        ("--device cuda", "finds no CUDA device"),
-    ],
+    "behavior": [("--steps -5", "--steps -5: must be positive"), ("--device cuda", "finds no CUDA device")],
     "actor": [
         ("--beta 0", "--beta 0.0: must be positive"),
         ("--beta 0.1 -0.5", "--beta -0.5: must be positive"),

@@ -111,7 +111,7 @@ def test_run_sh_hands_the_flags_on(tmp_path):
     for call in small[:3]:  # flags come after the recipe's, of which tyro takes the last
         assert call.index("--env hopper-medium ") < call.index("--lr 1e-3") < call.index("--lr 9")
     assert "--num-seeds 3" in small[0] and "--num-seeds 3" in small[1]
-    assert "--lr-decay" in small[0] and "--predict v --dropout 0" in small[1] and small[1].endswith("--lr 9 --steps 5")
+    assert "--lr-decay" in small[0] and "--predict v --no-dropout" in small[1] and small[1].endswith("--lr 9 --steps 5")
     assert small[3].startswith("eval.py --env hopper-medium --policy srpo") and small[3].endswith("--latency")
     for flags, expected in ([], True), (["--no-normalize-obs"], False):  # the recipe standardises unless told otherwise
         calls = called(tmp_path, "bash", "run.sh", "--small", "hopper-medium", *flags)

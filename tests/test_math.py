@@ -133,8 +133,8 @@ def test_behavior_loss_is_least_at_the_best_network(t, predict):
     assert change.grad.abs().max() < 1e-9
 
 
-def test_what_is_minimised_is_the_error_of_what_is_predicted():
-    """For v that of the action which v_psi stands for, |a_psi - a|^2; for eps Eq. 13's error itself."""
+def test_what_is_minimised_is_the_error_of_eps_or_of_the_action():
+    """For v |a_psi - a|^2, where a_psi is the action that v_psi stands for; for eps Eq. 13 itself."""
     for t in torch.linspace(0.001, 1, 30).tolist():
         s, a, eps, t = torch.randn(2, 5, 3), torch.randn(2, 5, 2), torch.randn(2, 5, 2), torch.full((2, 5, 1), t)
         alpha, sigma = srpo_behavior.alpha_sigma(t)
