@@ -160,7 +160,7 @@ def alpha_sigma(t):
 class BehaviorModel(nn.Module):
     """eps_psi(a_t | s, t), the noise in a_t: a_t [R, B, A], s [R, B, S], t [R, B, 1] -> [R, B, A]."""
 
-    def __init__(self, state_dim, action_dim, R, predict, dropout=0.1):
+    def __init__(self, state_dim, action_dim, R, predict):
         super().__init__()
         self.predict = predict
         self.register_buffer("W", 30 * torch.randn(R, 1, 32))  # frequencies of time, never trained
@@ -168,7 +168,7 @@ class BehaviorModel(nn.Module):
         self.first = Linear(action_dim + state_dim + 128, 256, R)
         self.blocks = nn.ModuleList()
         for _ in range(3):
-            layers = nn.Dropout(dropout), LayerNorm(256, R), Linear(256, 1024, R), nn.Mish(), Linear(1024, 256, R)
+            layers = nn.Dropout(0.1), LayerNorm(256, R), Linear(256, 1024, R), nn.Mish(), Linear(1024, 256, R)
             self.blocks.append(nn.Sequential(*layers))
         self.last = Linear(256, action_dim, R)
 

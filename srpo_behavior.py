@@ -221,7 +221,7 @@ def alpha_sigma(t):
 class BehaviorModel(nn.Module):
     """eps_psi(a_t | s, t), the noise in a_t: a_t [R, B, A], s [R, B, S], t [R, B, 1] -> [R, B, A]."""
 
-    def __init__(self, state_dim, action_dim, R, predict, dropout=0.1):
+    def __init__(self, state_dim, action_dim, R, predict):
         super().__init__()
         self.predict = predict
         self.register_buffer("W", 30 * torch.randn(R, 1, 32))  # frequencies of time, never trained
@@ -229,7 +229,7 @@ class BehaviorModel(nn.Module):
         self.first = Linear(action_dim + state_dim + 128, 256, R)
         self.blocks = nn.ModuleList()
         for _ in range(3):
-            layers = nn.Dropout(dropout), LayerNorm(256, R), Linear(256, 1024, R), nn.Mish(), Linear(1024, 256, R)
+            layers = nn.Dropout(0.1), LayerNorm(256, R), Linear(256, 1024, R), nn.Mish(), Linear(1024, 256, R)
             self.blocks.append(nn.Sequential(*layers))
         self.last = Linear(256, action_dim, R)
 
@@ -341,7 +341,7 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     R, S, A = args.num_seeds, info["state_dim"], info["action_dim"]
     replicas = [{"seed": args.seed + r} for r in range(R)]
-    model = BehaviorModel(S, A, R, args.predict, dropout=0.1 * args.dropout).to(device)
+    model = BehaviorModel(S, A, R, args.predict).to(device).train(args.dropout)  # all that the mode switches
     adam = {"lr": torch.tensor(args.lr, device=device), "fused": True, "capturable": device == "cuda"}
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, **adam)
     window = torch.zeros(len(METRICS), R, device=device)  # sums of the metrics since the last log line

@@ -130,13 +130,12 @@ def test_behavior_model_equals_a_plain_network(module):
         torch.testing.assert_close(out[r], linear("last")(F.mish(x)), rtol=1e-10, atol=1e-10)
 
 
-def test_dropout_is_on_while_the_behavior_model_trains():
+def test_the_mode_of_the_behavior_model_switches_its_dropout():
     model = behavior_model(1)
     x = torch.randn(1, B, A), torch.randn(1, B, S), torch.rand(1, B, 1)
-    assert not torch.equal(model(*x), model(*x))
+    assert not torch.equal(model.train()(*x), model(*x))
     assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.1] * 3
-    without = srpo_behavior.BehaviorModel(S, A, 1, "eps", dropout=0.0)
-    assert torch.equal(without(*x), without(*x))
+    assert torch.equal(model.eval()(*x), model(*x))
 
 
 # ---- one update of R replicas, by each stage's own make_update
