@@ -341,7 +341,7 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     R, S, A = args.num_seeds, info["state_dim"], info["action_dim"]
     replicas = [{"seed": args.seed + r} for r in range(R)]
-    model = BehaviorModel(S, A, R, args.predict).to(device).train(args.dropout)  # all that the mode switches
+    model = BehaviorModel(S, A, R, args.predict).to(device).train(args.dropout)  # the mode only affects dropout
     adam = {"lr": torch.tensor(args.lr, device=device), "fused": True, "capturable": device == "cuda"}
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, **adam)
     window = torch.zeros(len(METRICS), R, device=device)  # sums of the metrics since the last log line
