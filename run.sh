@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The three stages and eval.py in order.
-#   bash run.sh                              the demo: makes its own data, three to four minutes on 2 CPU cores
+#   bash run.sh                              the demo: makes its own data, two to three minutes on 2 CPU cores
 #   bash run.sh hopper-medium --num-seeds 6  a task with the paper's settings, for a GPU; flags go to the stages that have them
 #   bash run.sh --small hopper-medium        a task on a small budget, for a CPU
 # CRITIC, BEHAVIOR, ACTOR and EVAL may hold flags for one script alone: ACTOR="--beta 0.01 0.05" bash run.sh hopper-medium
