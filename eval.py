@@ -447,7 +447,7 @@ if __name__ == "__main__":
         one = [x["score"] for x in rows if (x["policy"], x["candidates"], x["beta"]) == (name, candidates, beta)]
         summary.append({"policy": name, "candidates": candidates, "beta": beta, "score_mean": np.mean(one)})
         summary[-1] |= {"score_std": np.std(one), "seeds": len(one)}
-        label = name + (f", beta {beta:g}" if beta else f", {candidates} candidate(s)")
+        label = name + (f", beta {beta:g}" if beta is not None else f", {candidates} candidate(s)")
         print(f"{label}: score {np.mean(one):.1f} +- {np.std(one):.1f} (mean +- std over {len(one)} seed(s))")
 
     def save(name, content):

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, create, random_episodes, run, run_here
+from conftest import ROOT, TINY, create, episode, random_episodes, run, run_here
 from minari.serialization import serialize_space
 
 import eval as srpo_eval
@@ -223,6 +223,34 @@ def test_policy_distance_of_a_run(trained, tmp_path):
     assert [row["seed"] for row in scores] == [0, 1]
     for row in scores:
         assert f"seed {row['seed']}: the mean of 1 samples as a policy has score {row['score']:.1f}\n" in out
+
+
+def test_behavior_cloning_finds_a_linear_controller(capsys):
+    """The recorded torque is a linear function of the observation, with noise: the policy recovers it."""
+    env, gain, rng = gym.make("Pendulum-v1", max_episode_steps=40), np.array([0.3, -0.6, 0.1]), np.random.default_rng(0)
+    episodes = []
+    for seed in range(10):
+        obs, actions, rewards = [env.reset(seed=seed)[0]], [], []
+        for _ in range(40):
+            actions.append((obs[-1] @ gain + rng.normal(0, 0.1, 1)).astype(np.float32))
+            o, reward, *_ = env.step(actions[-1])
+            obs.append(o)
+            rewards.append(reward)
+        episodes.append(episode(np.stack(obs), actions, rewards))
+    create("test/linear-v0", episodes, env=env)
+    task = ("--env", "test/linear-v0")
+    for stage in ("critic", "behavior", "actor"):
+        flags = ("--num-seeds", 2) if stage != "actor" else ("--lr", 1e-3, "--beta", 0.1, 0.5, "--eval-every", 0)
+        run_here(f"srpo_{stage}.py", *task, "--steps", 2, "--batch-size", 64, *flags)
+    run_here("examples/behavior_cloning.py", "--run", "runs/test-linear-v0", "--steps", 1000)
+    test = np.concatenate([x.observations for x in episodes])
+    for replica in (0, 1):
+        action = srpo_eval.load_policy("runs/test-linear-v0-bc/actor.pt", replica)(test)
+        assert np.abs(action[:, 0] - test @ gain).mean() < 0.1 * (test @ gain).std()
+    run_here("eval.py", *task, "--run-name", "test-linear-v0-bc", "--episodes", 2, "--workers", 1)
+    assert "srpo, beta 0: score" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="test-linear-v0-bc exists"):
+        run_here("examples/behavior_cloning.py", "--run", "runs/test-linear-v0")
 
 
 def test_all_policies_in_one_table(scored):

@@ -1,0 +1,57 @@
+"""Behaviour cloning, a baseline without critic and diffusion: SRPO's policy, fitted to the recorded actions.
+
+    python examples/behavior_cloning.py --run runs/hopper-medium     # writes runs/hopper-medium-bc/actor.pt
+    python eval.py --env hopper-medium --run-name hopper-medium-bc   # lists it as srpo with beta 0
+
+It minimises the squared error of the action. The run's actor.pt says layers, steps, batch size, learning rate (which
+decays to 0 as the actor's) and seeds, its behavior.pt the data.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import nn
+from tqdm import trange
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from eval import load_artifact, mlp
+from srpo_behavior import load_dataset
+
+
+@dataclass
+class Args:
+    run: Path
+    """folder of the run"""
+    steps: int | None = None
+    """gradient steps (default: the actor's)"""
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    artifact = load_artifact(args.run / "actor.pt", "actor")
+    info, flags, seeds = artifact["info"], artifact["args"], list(dict.fromkeys(artifact["seeds"]))
+    source = load_artifact(flags["behavior"] or args.run / "behavior.pt", "behavior")["args"]
+    data, found = load_dataset(source["env"], source["dataset"], source["normalize_obs"], "cpu")
+    if found["fingerprint"] != info["fingerprint"]:
+        sys.exit(f"error: {source['dataset'] or source['env']} is not the data set of {args.run}: train the run again")
+    folder = args.run.with_name(f"{args.run.name}-bc")
+    if folder.exists():
+        sys.exit(f"error: {folder} exists: move it away")
+    torch.manual_seed(seeds[0])
+    R, S, A, steps = len(seeds), info["state_dim"], info["action_dim"], args.steps or flags["steps"]
+    policy = mlp([S] + [256] * flags["hidden_layers"] + [A], R).append(nn.Tanh())
+    optimizer = torch.optim.Adam(policy.parameters(), flags["lr"], fused=True)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in trange(steps):
+        s, a, *_ = data[torch.randint(len(data), (R, flags["batch_size"]))].split([S, A, 1, S, 1], dim=-1)
+        loss = (policy(s) - a).square().sum(dim=-1).mean(dim=-1)  # [R]
+        optimizer.zero_grad()
+        loss.sum().backward()  # replicas share no parameters
+        optimizer.step()
+        decay.step()
+    folder.mkdir()
+    torch.save(artifact | {"weights": policy.state_dict(), "seeds": seeds, "betas": [0.0] * R}, folder / "actor.pt")
+    print(f"saved {folder}/actor.pt; squared error in the last minibatch: {loss.mean().item():.4f}")
