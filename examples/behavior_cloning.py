@@ -1,10 +1,10 @@
 """Behaviour cloning, a baseline without critic and diffusion: SRPO's policy, fitted to the recorded actions.
 
-    python examples/behavior_cloning.py --run runs/hopper-medium     # writes runs/hopper-medium-bc/actor.pt
-    python eval.py --env hopper-medium --run-name hopper-medium-bc   # lists it as srpo with beta 0
+    python examples/behavior_cloning.py --run runs/hopper-medium    # a finished run; writes bc/hopper-medium/actor.pt
+    python eval.py --env hopper-medium --out-dir bc                 # lists it as srpo with beta 0
 
-It minimises the squared error of the action. The run's actor.pt says layers, steps, batch size, learning rate (which
-decays to 0 as the actor's) and seeds, its behavior.pt the data.
+It minimises the squared error of the action, on the CPU. The run's actor.pt says layers, steps, batch size, learning
+rate (which decays to 0 as the actor's) and seeds, its behavior.pt the data.
 """
 
 import sys
@@ -25,6 +25,8 @@ from srpo_behavior import load_dataset
 class Args:
     run: Path
     """folder of the run"""
+    out_dir: Path = Path("bc")
+    """the policy is written to <out-dir>/<name of the run>"""
     steps: int | None = None
     """gradient steps (default: the actor's)"""
 
@@ -34,12 +36,12 @@ if __name__ == "__main__":
     artifact = load_artifact(args.run / "actor.pt", "actor")
     info, flags, seeds = artifact["info"], artifact["args"], list(dict.fromkeys(artifact["seeds"]))
     source = load_artifact(flags["behavior"] or args.run / "behavior.pt", "behavior")["args"]
+    path = args.out_dir / args.run.resolve().name / "actor.pt"
+    if path.exists():
+        sys.exit(f"error: {path} exists: move it away")
     data, found = load_dataset(source["env"], source["dataset"], source["normalize_obs"], "cpu")
-    if found["fingerprint"] != info["fingerprint"]:
-        sys.exit(f"error: {source['dataset'] or source['env']} is not the data set of {args.run}: train the run again")
-    folder = args.run.with_name(f"{args.run.name}-bc")
-    if folder.exists():
-        sys.exit(f"error: {folder} exists: move it away")
+    if any(found[key] != info[key] for key in ("fingerprint", "obs_mean", "obs_std")):
+        sys.exit(f"error: the data of {args.run} changed since its actor was trained: train the run again")
     torch.manual_seed(seeds[0])
     R, S, A, steps = len(seeds), info["state_dim"], info["action_dim"], args.steps or flags["steps"]
     policy = mlp([S] + [256] * flags["hidden_layers"] + [A], R).append(nn.Tanh())
@@ -52,6 +54,7 @@ if __name__ == "__main__":
         loss.sum().backward()  # replicas share no parameters
         optimizer.step()
         decay.step()
-    folder.mkdir()
-    torch.save(artifact | {"weights": policy.state_dict(), "seeds": seeds, "betas": [0.0] * R}, folder / "actor.pt")
-    print(f"saved {folder}/actor.pt; squared error in the last minibatch: {loss.mean().item():.4f}")
+    artifact |= {"weights": policy.state_dict(), "seeds": seeds, "betas": [0.0] * R, "args": flags | {"steps": steps}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(artifact, path)
+    print(f"saved {path}; squared error in the last minibatch: {loss.mean().item():.4f}")

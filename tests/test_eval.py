@@ -245,12 +245,15 @@ def test_behavior_cloning_finds_a_linear_controller(capsys):
     run_here("examples/behavior_cloning.py", "--run", "runs/test-linear-v0", "--steps", 1000)
     test = np.concatenate([x.observations for x in episodes])
     for replica in (0, 1):
-        action = srpo_eval.load_policy("runs/test-linear-v0-bc/actor.pt", replica)(test)
+        action = srpo_eval.load_policy("bc/test-linear-v0/actor.pt", replica)(test)
         assert np.abs(action[:, 0] - test @ gain).mean() < 0.1 * (test @ gain).std()
-    run_here("eval.py", *task, "--run-name", "test-linear-v0-bc", "--episodes", 2, "--workers", 1)
+    run_here("eval.py", *task, "--out-dir", "bc", "--episodes", 2, "--workers", 1)
     assert "srpo, beta 0: score" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="test-linear-v0-bc exists"):
+    with pytest.raises(SystemExit, match="actor.pt exists"):
         run_here("examples/behavior_cloning.py", "--run", "runs/test-linear-v0")
+    run_here("srpo_behavior.py", *task, "--steps", 2, "--batch-size", 64, "--num-seeds", 2, "--no-normalize-obs")
+    with pytest.raises(SystemExit, match="changed since its actor was trained"):
+        run_here("examples/behavior_cloning.py", "--run", "runs/test-linear-v0", "--out-dir", "other")
 
 
 def test_all_policies_in_one_table(scored):
