@@ -229,14 +229,9 @@ def test_behavior_cloning_finds_a_linear_controller(capsys):
     """The recorded torque is a linear function of the observation, with noise: the policy recovers it."""
     env, gain, rng = gym.make("Pendulum-v1", max_episode_steps=40), np.array([0.3, -0.6, 0.1]), np.random.default_rng(0)
     episodes = []
-    for seed in range(10):
-        obs, actions, rewards = [env.reset(seed=seed)[0]], [], []
-        for _ in range(40):
-            actions.append((obs[-1] @ gain + rng.normal(0, 0.1, 1)).astype(np.float32))
-            o, reward, *_ = env.step(actions[-1])
-            obs.append(o)
-            rewards.append(reward)
-        episodes.append(episode(np.stack(obs), actions, rewards))
+    for x in random_episodes(env, 10, 40):
+        torque = x.observations[:-1] @ gain + rng.normal(0, 0.1, 40)
+        episodes.append(episode(x.observations, np.float32(torque[:, None]), x.rewards))
     create("test/linear-v0", episodes, env=env)
     task = ("--env", "test/linear-v0")
     for stage in ("critic", "behavior", "actor"):
