@@ -215,7 +215,7 @@ def make_env(spec, info):
     """An environment with gymnasium's own wrappers, so that no code is run that a data set names."""
     gym.logger.min_level = gym.logger.ERROR  # no advice of newer versions: the data's own is needed
     sys.modules["farama_notifications"] = None  # silences a notice about other environments
-    for package in ("gymnasium_robotics", "ogbench"):  # which register their environments
+    for package in ("gymnasium_robotics", "d4rl_antmaze", "ogbench"):  # which register their environments
         if spec["id"] not in gym.registry and importlib.util.find_spec(package):
             importlib.import_module(package)
     entry = gym.registry[spec["id"]]  # gym.make would import what stands before a colon
@@ -335,9 +335,11 @@ def episode(env, make_act, weights, info, seed):
 
 def trace(make_act, weights, info, environment, seed):
     """A worker's job: one policy's trajectory in a maze: its goal and positions, and whether it succeeds."""
-    states, success = episode(make_env(environment, info), make_act, weights, info, seed)
-    position, goal = states[:, :2].round(2).tolist(), states[0, 2:4].round(2).tolist()  # achieved and desired goal
-    return {"goal": goal, "way": position, "success": success}
+    env = make_env(environment, info)
+    env.reset(seed=seed)  # as episode does
+    goal = env.unwrapped.goal.round(2).tolist()
+    states, success = episode(env, make_act, weights, info, seed)
+    return {"goal": goal, "way": states[:, :2].round(2).tolist(), "success": success}  # the state begins with x, y
 
 
 def record_video(make_act, weights, info, environment, seed, folder, name):
@@ -427,6 +429,7 @@ if __name__ == "__main__":
     print(f"wrappers left out: {environment['left_out']};", end=" ")
     print(f"the score of the data is {100 * (info['data_outcome'] - low) / (high - low):.1f}")
     test = range(args.first_episode, args.first_episode + args.episodes)
+    maze = getattr(make_env(environment, info).unwrapped, "maze", None)  # of gymnasium-robotics: it can be drawn
     rows, ways, summary, failed = [], [], [], []
     for name, candidates, make, replicas in policies if test else ():
         try:
@@ -442,7 +445,7 @@ if __name__ == "__main__":
             labels = [f"{'-' if x is None else x:>14}" for x in row.values()]
             print(*labels, *(f"{x[r]:14.2f}" for x in result.values()))
             rows.append(row | {metric.split("/")[1]: x[r] for metric, x in result.items()})
-            ways += [(row, delayed(trace)(make, one, info, environment, seed)) for seed in test[:5] if info["maze"]]
+            ways += [(row, delayed(trace)(make, one, info, environment, seed)) for seed in test[:5] if maze]
     for name, candidates, beta in dict.fromkeys((x["policy"], x["candidates"], x["beta"]) for x in rows):
         one = [x["score"] for x in rows if (x["policy"], x["candidates"], x["beta"]) == (name, candidates, beta)]
         summary.append({"policy": name, "candidates": candidates, "beta": beta, "score_mean": np.mean(one)})
@@ -462,7 +465,6 @@ if __name__ == "__main__":
         sys.exit(f"error: no scores of {', '.join(failed)}: the evaluation failed")
     if ways:
         traces = Parallel(args.workers, max_nbytes=1000, mmap_mode="c")(job for _, job in ways)
-        maze = make_env(environment, info).unwrapped.maze
         walls = np.argwhere([[cell == 1 for cell in row] for row in maze.maze_map])
         content = {"cell": maze.maze_size_scaling, "walls": [maze.cell_rowcol_to_xy(cell).tolist() for cell in walls]}
         save("trajectories", content | {"ways": [row | way for (row, _), way in zip(ways, traces)]})

@@ -271,7 +271,7 @@ def make_env(spec, info):
     """An environment with gymnasium's own wrappers, so that no code is run that a data set names."""
     gym.logger.min_level = gym.logger.ERROR  # no advice of newer versions: the data's own is needed
     sys.modules["farama_notifications"] = None  # silences a notice about other environments
-    for package in ("gymnasium_robotics", "ogbench"):  # which register their environments
+    for package in ("gymnasium_robotics", "d4rl_antmaze", "ogbench"):  # which register their environments
         if spec["id"] not in gym.registry and importlib.util.find_spec(package):
             importlib.import_module(package)
     entry = gym.registry[spec["id"]]  # gym.make would import what stands before a colon

@@ -93,15 +93,18 @@ def minari_ids(env):
     domain, _, level = env.removesuffix("-v2").partition("-")
     if domain not in ("halfcheetah", "hopper", "walker2d", "antmaze"):
         return [env]
-    if domain == "antmaze" or level == "medium-replay":
-        return [f"D4RL/{domain}/{level}-v{1 if domain == 'antmaze' else 2}"]
+    if env.endswith("-v2") or level == "medium-replay":  # D4RL's own data
+        return [f"D4RL/{domain}/{level}-v2"]
+    if domain == "antmaze":
+        return [f"D4RL/antmaze/{level}-v1"]
     return [f"mujoco/{domain}/{x}-v0" for x in level.split("-")]  # medium-expert: both
 
 
 def open_dataset(id):
     """A Minari data set, downloaded if it is missing. Exits with one line if it cannot be had."""
-    path, download = get_dataset_path(id), f"minari download {id} --force"
-    command = "python examples/import_d4rl.py FILE.hdf5" if "-replay-v" in id else download  # from D4RL's file
+    path, command = get_dataset_path(id), f"minari download {id} --force"
+    if re.match("D4RL/(halfcheetah|hopper|walker2d|antmaze)/.*-v2", id):  # Minari has none of these
+        command = f"python examples/import_d4rl.py {id.removeprefix('D4RL/').replace('/', '-')}"
     try:
         if not Path(path, "data").exists():
             hosting.download_dataset(id)
@@ -143,7 +146,8 @@ def load_dataset(env, dataset, normalize_obs, device):
     if not isinstance(bounds, gym.spaces.Box) or bounds.low.ndim != 1 or np.abs([bounds.low, bounds.high]).max() > 1e6:
         sys.exit(f"error: {source} has actions that are not in a bounded one-dimensional Box: only these are supported")
     low, high, S, A = np.float64(bounds.low), np.float64(bounds.high), gym.spaces.flatdim(space), len(bounds.low)
-    maze = spec is not None and "Maze" in spec.id and "achieved_goal" in getattr(space, "spaces", ())
+    maze = spec is not None and "maze" in spec.id.lower()
+    goals = maze and "achieved_goal" in getattr(space, "spaces", ())  # in the observations
     data = np.empty((sum(d.storage.total_steps for d in sets), 2 * S + A + 2), np.float32)
     episodes, N, clipped, cut = [], 0, 0, 0
     parts = [(d, part) for d in sets for part in np.array_split(d.episode_indices, 50)]  # bounds HDF5's cache
@@ -151,7 +155,7 @@ def load_dataset(env, dataset, normalize_obs, device):
         obs, rows, terminal, T = ep.observations, flatten(space, ep.observations), ep.terminations, len(ep)
         if len(rows) == T > 1:  # the last action has no next observation
             T, cut = T - 1, cut + 1
-        if maze:  # the recording continues after success, which here terminates
+        if goals:  # the recording continues after success, which here terminates
             terminal = np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1)[1:] <= 0.45
             T = int(terminal.argmax()) + 1 if terminal.any() else T
         action = np.clip(ep.actions[:T], low, high)  # as simulators do
@@ -163,13 +167,15 @@ def load_dataset(env, dataset, normalize_obs, device):
         if not np.isfinite(block).all():
             sys.exit(f"error: episode {i} of {source} has missing or not finite values, or several rewards per step")
         data[N : N + T], N = block, N + T
-        episodes.append((ep.rewards.sum(), terminal.any(), len(ep)))
+        success = terminal.any() or maze and (ep.rewards == 1).any()
+        episodes.append((ep.rewards.sum(), success, len(ep)))
     data, (returns, success, lengths) = data[:N], np.transpose(episodes)
     info = {"env": env, "fingerprint": [N, zlib.crc32(data)], "maze": maze, "state_dim": S, "action_dim": A}
     info["minari"] = {k: x for k, x in sets[0].storage.metadata.items() if k.endswith(("env_spec", "_score"))}
-    if maze:
+    as_recorded = "success_score" in info["minari"]  # rewards that are used as they are
+    if maze and not as_recorded:
         data[:, S + A] -= 1
-    elif "success_score" not in info["minari"] and np.ptp(returns) > 1e-6 * np.abs(returns).max():
+    elif not as_recorded and np.ptp(returns) > 1e-6 * np.abs(returns).max():
         data[:, S + A] *= 1000 / np.ptp(returns)
     mean, std = np.zeros(S, np.float32), np.ones(S, np.float32)
     if normalize_obs or normalize_obs is None and minari_ids(env) == [env]:
@@ -180,7 +186,7 @@ def load_dataset(env, dataset, normalize_obs, device):
         obs /= std
     info |= {"observation_space": serialize_space(space), "obs_mean": mean.tolist(), "obs_std": std.tolist()}
     info |= {"action_low": low.tolist(), "action_high": high.tolist(), "longest_episode": int(lengths.max())}
-    info["by_success"] = maze or "success_score" in info["minari"]  # what an evaluation measures
+    info["by_success"] = maze or as_recorded  # what an evaluation measures
     info["data_outcome"] = float((success if info["by_success"] else returns).mean())
     print(f"{source}: {len(returns):,} episodes, mean return {returns.mean():.2f}, {N:,} transitions,", end=" ")
     print(f"{clipped:,} actions clipped, {cut:,} steps without next state cut, standardised: {(std != 1).any()}")

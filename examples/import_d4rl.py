@@ -1,13 +1,17 @@
-"""Make a Minari data set from an original D4RL file, for example of medium-replay, which Minari does not have.
+"""Make Minari data sets from D4RL's own files, which are the data of the paper's Table 1.
 
-    python examples/import_d4rl.py hopper_medium_replay-v2.hdf5      # makes D4RL/hopper/medium-replay-v2
+    python examples/import_d4rl.py hopper-medium-v2 antmaze-large-diverse-v2   # downloads the files
+    python examples/import_d4rl.py hopper_medium-v2.hdf5                       # makes D4RL/hopper/medium-v2
 
-The set has the transitions of D4RL's own qlearning_dataset: the next row is the next observation, so a step that ends
-in a time-out is dropped, and so is the last row of the file. Returns are therefore those of the steps that are kept.
+A set has the transitions of D4RL's own qlearning_dataset: the next row is the next observation, so a step that ends in
+a time-out is dropped, and so is the last row of the file. Returns are therefore those of the steps that are kept.
+AntMaze's rewards and terminals are the file's; an episode goes on after a terminal step, so it has several of them.
 """
 
+import importlib
 import itertools
 import re
+import shutil
 import sys
 import warnings
 from dataclasses import dataclass
@@ -17,6 +21,7 @@ import gymnasium as gym
 import h5py
 import minari
 import numpy as np
+import torch
 import tyro
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_dataset import parse_dataset_id
@@ -29,36 +34,90 @@ from srpo_critic import minari_ids
 
 @dataclass
 class Args:
-    file: tyro.conf.Positional[Path]
-    """original file of D4RL, such as hopper_medium_replay-v2.hdf5"""
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """tasks to download (hopper-medium-v2, antmaze-umaze-v2, ...), or files of D4RL"""
     id: str | None = None
-    """Minari id of the new set (default: by the file's name, D4RL/hopper/medium-replay-v2)"""
+    """Minari id of the new set (default: by the file's name, D4RL/hopper/medium-v2)"""
+    folder: Path = Path("~/.d4rl/datasets").expanduser()
+    """where downloaded files are kept, as by D4RL; what is there is not downloaded again"""
+    url: str = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
+    """where D4RL's files are"""
 
 
 COLUMNS = ("observations", "actions", "rewards", "terminals", "timeouts")
+LEVELS = ("medium", "medium-expert", "medium-replay", "expert")
+FILES = {  # task -> D4RL's file
+    f"{robot}-{level}-v2": f"gym_mujoco_v2/{robot}_{level.replace('-', '_')}-v2.hdf5"
+    for robot in ("halfcheetah", "hopper", "walker2d")
+    for level in LEVELS
+}
+MAZES = {  # AntMaze -> maze, and whether the episodes of the data start at random, and have random goals
+    "umaze": ("u-maze", False, False),
+    "umaze-diverse": ("u-maze", True, True),
+    "medium-play": ("big-maze", True, False),
+    "medium-diverse": ("big-maze", True, True),
+    "large-play": ("hardest-maze", True, False),
+    "large-diverse": ("hardest-maze", True, True),
+}
+FILES |= {
+    f"antmaze-{name}-v2": f"ant_maze_v2/Ant_maze_{maze}_noisy_multistart_{start}_multigoal_{goal}_sparse_fixed.hdf5"
+    for name, (maze, start, goal) in MAZES.items()
+}
+
+
+def download(task, folder, url):
+    """The path of a task's file, which is downloaded if it is not in the folder."""
+    address, path = f"{url}/{FILES[task]}", folder / Path(FILES[task]).name
+    if not path.exists():
+        part = path.with_suffix(".part")
+        print(f"downloading {address} to {path}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(address, str(part))
+            h5py.File(part).close()  # refuses half a file
+            part.rename(path)
+        except Exception as e:  # of network, HTTP, disk or HDF5
+            part.unlink(missing_ok=True)
+            remedy = f"download it elsewhere and run `python examples/import_d4rl.py {path.name}`"
+            sys.exit(f"error: {address} cannot be downloaded ({e!r:.200}): {remedy}")
+    return path
+
+
+def name_of(text):
+    """Domain, data and version in the name of a file or set: hopper, medium, v2. None if it names no task."""
+    for task, file in FILES.items():
+        if text == Path(file).name:
+            return *task.removesuffix("-v2").split("-", 1), "v2"
+        if text == Path(file).name.replace("_fixed", ""):  # AntMaze's first version
+            return *task.removesuffix("-v2").split("-", 1), "v0"
+    text = text.removeprefix("D4RL/").removesuffix(".hdf5").replace("/", "-")
+    found = re.fullmatch(r"(halfcheetah|hopper|walker2d|antmaze)[-_]([\w-]+?)(?:-(v\d+))?", text)
+    return found and (found[1], found[2].replace("_", "-"), found[3] or "v0")
 
 
 def read(path):
     """The file's columns: observations [N, S], actions [N, A]; rewards, terminals and timeouts [N]."""
     try:
         with h5py.File(path) as file:
-            if "infos/goal" in file:
-                sys.exit(f"error: {path} has no goals in its observations: use Minari's set of the maze")
             if missing := [name for name in COLUMNS if name not in file]:
                 sys.exit(f"error: {path} has no {', '.join(missing)}: give a file with {', '.join(COLUMNS)}")
             obs, action, *rest = (np.asarray(file[name][:], np.float32) for name in COLUMNS)
     except Exception as e:  # h5py raises several types
-        sys.exit(f"error: {path} cannot be read as HDF5 ({type(e).__name__}): give a file of D4RL")
+        sys.exit(f"error: {path} cannot be read as HDF5 ({type(e).__name__}): give a file of D4RL, or a task's name")
     if not obs.ndim == action.ndim == 2 or any(len(x) != len(obs) or x.size != len(x) for x in (action[:, :1], *rest)):
         sys.exit(f"error: {path} has columns of other shapes than D4RL's: give one row per step in each")
     reward, terminal, timeout = (x.ravel() for x in rest)  # [N, 1] in older files
     return obs, action, reward, terminal > 0, timeout > 0
 
 
-def split(obs, action, reward, terminal, timeout):
-    """The steps that have a next row, as one EpisodeBuffer of T steps and T + 1 observations per episode."""
+def split(obs, action, reward, terminal, timeout, goes_on):
+    """The steps that have a next row, as one EpisodeBuffer of T steps and T + 1 observations per episode.
+
+    goes_on: whether an episode goes on after a terminal step, up to its time-out.
+    """
     timeout, buffers = np.append(timeout[:-1], True)[: len(obs)], []  # the last row has no next one
-    for start, end in itertools.pairwise([0, *(np.flatnonzero(terminal | timeout) + 1)]):
+    last_rows = timeout if goes_on else terminal | timeout
+    for start, end in itertools.pairwise([0, *(np.flatnonzero(last_rows) + 1)]):
         T = end - start - timeout[end - 1]
         last, stop = np.arange(1, T + 1) == T, start + T
         ended = {"terminations": terminal[start:stop], "truncations": last & ~terminal[start:stop]}
@@ -67,40 +126,73 @@ def split(obs, action, reward, terminal, timeout):
     return buffers
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    obs, action, *rest = read(args.file)
-    buffers = split(obs, action, *rest)
-    if not buffers:
-        sys.exit(f"error: {args.file} is empty: give a file with transitions in it")
-    name = re.fullmatch(r"(halfcheetah|hopper|walker2d)[-_]([\w-]+?)(-v\d+)?", args.file.stem)
-    if not name and not args.id:
-        sys.exit(f"error: {args.file} names no task of halfcheetah, hopper or walker2d: name the new set with --id")
-    id = args.id or f"D4RL/{name[1]}/{name[2].replace('_', '-')}{name[3] or '-v0'}"
-    robots = [robot for robot in D4RL_SCORES if robot.lower() in f"{args.file.name} {id}".lower()]
-    if len(robots) > 1:
-        sys.exit(f"error: {args.file} and the id {id} name different robots: give another --id")
+def describe(domain, level, obs, action):
+    """Arguments for Minari: the spaces, and of D4RL's tasks (a domain is given) the environment and reference scores."""
+    about = {"observation_space": gym.spaces.Box(-np.inf, np.inf, obs.shape[1:])}
+    about |= {"action_space": gym.spaces.Box(-1, 1, action.shape[1:])}
+    if domain == "antmaze":
+        importlib.import_module("d4rl_antmaze")  # registers its environments
+        if f"antmaze-{level}-v2" not in gym.registry:
+            sys.exit(f"error: AntMaze has no task {level}: name one of {', '.join(MAZES)}")
+        about["env"] = gym.make(f"antmaze-{level}-v2", disable_env_checker=True)
+    elif domain:
+        robot = next(robot for robot in D4RL_SCORES if robot.lower() == domain)
+        about["env"] = gym.make(f"{robot}-v5", max_episode_steps=1000)  # the successor of D4RL's
+        about["ref_min_score"], about["ref_max_score"] = D4RL_SCORES[robot]
+    return about
+
+
+def import_file(path, id):
+    """Makes the Minari set of a file (id None: named by the file), and prints how to train on it."""
+    obs, action, *rest = read(path)
+    names = [name for name in (name_of(path.name), name_of(id or "")) if name]
+    if not names and not id:
+        sys.exit(f"error: {path} names no task of halfcheetah, hopper, walker2d or antmaze: name the new set with --id")
+    if len({domain for domain, *_ in names}) > 1:
+        sys.exit(f"error: {path} and the id {id} name different robots: give another --id")
+    domain, level, version = names[0] if names else (None, None, None)
+    id = id or f"D4RL/{domain}/{level}-{version}"
     try:
         parse_dataset_id(id)
     except (TypeError, ValueError):
         sys.exit(f"error: --id {id}: must be like D4RL/hopper/medium-v2")
+    if id.startswith("D4RL/antmaze/") and id.endswith("-v1"):
+        sys.exit(f"error: {id} is the name of Minari's own set: name the new set with --id")
     if get_dataset_path(id).exists():
         sys.exit(f"error: data set {id} exists already: run `minari delete {id}`, or give another --id")
 
-    about = {"observation_space": gym.spaces.Box(-np.inf, np.inf, obs.shape[1:])}
-    about |= {"action_space": gym.spaces.Box(-1, 1, action.shape[1:])}
-    for robot in robots:
-        env = gym.make(f"{robot}-v5", max_episode_steps=1000)  # the successor of D4RL's
+    buffers = split(obs, action, *rest, goes_on=domain == "antmaze")
+    if not buffers:
+        sys.exit(f"error: {path} is empty: give a file with transitions in it")
+    about = describe(domain, level, obs, action)
+    if domain:
+        env = about["env"]
         if (env.observation_space.shape, env.action_space.shape) != (obs.shape[1:], action.shape[1:]):
-            sys.exit(f"error: {args.file} has columns of other shapes than {robot}'s: give a file of D4RL")
-        low, high = D4RL_SCORES[robot]
-        about |= {"env": env, "ref_min_score": low, "ref_max_score": high}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # Minari would like an author and a link to the code
-        minari.create_dataset_from_buffers(id, buffers, description=f"made from D4RL's {args.file.name}", **about)
-    task = re.sub(r"D4RL/(\w+)/([\w-]+)-v\d+", r"\1-\2", id) if robots else id
-    flags = task if minari_ids(task) == [id] else f"{task} --dataset {id}"
+            robot = env.spec.id.partition("-")[0]
+            sys.exit(f"error: {path} has columns of other shapes than {robot}'s: give a file of D4RL")
+    if domain == "antmaze" and version != "v2":
+        print(f"{path.name} is an older version: its rewards and terminals are those of the recording, where v2's were")
+        print("computed anew for the one goal that is evaluated; without a reward there is nothing to learn")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # Minari would like an author and a link to the code
+            minari.create_dataset_from_buffers(id, buffers, description=f"made from D4RL's {path.name}", **about)
+    except BaseException as e:  # also Ctrl-C
+        shutil.rmtree(get_dataset_path(id), ignore_errors=True)  # half a set must not look like a whole one
+        sys.exit(f"error: {id} was not written ({e!r:.200}): start again")
+    flags = id
+    if named := name_of(id):
+        task = "-".join(named if named[2] == "v2" else named[:2])
+        flags = task if minari_ids(task) == [id] else f"{task} --dataset {id}"
     steps = sum(len(buffer.rewards) for buffer in buffers)
     print(
         f"{id}: {len(buffers):,} episodes, {steps:,} transitions; `python srpo_critic.py --env {flags}` trains on them"
     )
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    if args.id and len(args.sources) > 1:
+        sys.exit("error: --id names one set: give one file")
+    for source in args.sources:
+        import_file(download(source, args.folder, args.url) if source in FILES else Path(source), args.id)

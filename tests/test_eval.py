@@ -331,6 +331,8 @@ def test_latency(scored, trained, capsys):
 class Corridor(gym.Env):
     """A maze of one dimension, ten steps from start to goal."""
 
+    goal = np.array([9.0, 1.0])
+
     observation_space = gym.spaces.Dict({k: gym.spaces.Box(-9, 9, (2,)) for k in ("achieved_goal", "desired_goal")})
     action_space = gym.spaces.Box(-1, 1, (1,))
 
