@@ -215,9 +215,12 @@ def make_env(spec, info):
     """An environment with gymnasium's own wrappers, so that no code is run that a data set names."""
     gym.logger.min_level = gym.logger.ERROR  # no advice of newer versions: the data's own is needed
     sys.modules["farama_notifications"] = None  # silences a notice about other environments
-    for package in ("gymnasium_robotics", "d4rl_antmaze", "ogbench"):  # which register their environments
+    packages = "gymnasium_robotics", "d4rl_antmaze", "ogbench"  # which register their environments
+    for package in packages:
         if spec["id"] not in gym.registry and importlib.util.find_spec(package):
             importlib.import_module(package)
+    if spec["id"] not in gym.registry:
+        raise KeyError(f"{spec['id']}: not in gymnasium, {', '.join(packages)}")
     entry = gym.registry[spec["id"]]  # gym.make would import what stands before a colon
     with tempfile.TemporaryDirectory() as folder, mock.patch("tempfile.tempdir", folder):  # mazes leave files there
         env = gym.make(entry, spec["max_episode_steps"], disable_env_checker=True, **spec["kwargs"])

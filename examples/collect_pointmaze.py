@@ -12,6 +12,7 @@ import collections
 import contextlib
 import io
 import multiprocessing
+import shutil
 import sys
 import time
 import warnings
@@ -22,6 +23,7 @@ import minari
 import numpy as np
 import tyro
 from minari.data_collector import EpisodeBuffer
+from minari.storage import get_dataset_path
 
 
 @dataclass
@@ -116,15 +118,19 @@ if __name__ == "__main__":
     with multiprocessing.get_context("spawn").Pool() as pool:
         chunks = pool.map(record_episodes, [seeds[i : i + 50] for i in range(0, len(seeds), 50)], chunksize=1)
     buffers = [buffer for chunk in chunks for buffer in chunk]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # Minari would like an e-mail address and a link to the code
-        minari.create_dataset_from_buffers(
-            args.dataset,
-            buffers,
-            env=make_env(),
-            algorithm_name="noisy waypoint controller with random targets",
-            description="A point mass that wanders in a maze, and reaches the goal only by chance.",
-        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # Minari would like an e-mail address and a link to the code
+            minari.create_dataset_from_buffers(
+                args.dataset,
+                buffers,
+                env=make_env(),
+                algorithm_name="noisy waypoint controller with random targets",
+                description="A point mass that wanders in a maze, and reaches the goal only by chance.",
+            )
+    except BaseException as e:  # also Ctrl-C
+        shutil.rmtree(get_dataset_path(args.dataset), ignore_errors=True)  # half a set must not look like a whole one
+        sys.exit(f"error: {args.dataset} was not written ({e!r:.200}): start again")
     steps = sum(len(buffer.rewards) for buffer in buffers)
     print(f"{args.dataset}: {len(buffers):,} episodes, {steps:,} steps, {time.time() - start:.0f} s")
     successes = [buffer.rewards.any() for buffer in buffers]

@@ -8,7 +8,9 @@ a time-out is dropped, and so is the last row of the file. Returns are therefore
 AntMaze's rewards and terminals are the file's; an episode goes on after a terminal step, so it has several of them.
 """
 
+import contextlib
 import importlib
+import io
 import itertools
 import re
 import shutil
@@ -35,7 +37,7 @@ from srpo_critic import minari_ids
 @dataclass
 class Args:
     sources: tyro.conf.Positional[tuple[str, ...]]
-    """tasks to download (hopper-medium-v2, antmaze-umaze-v2, ...), or files of D4RL"""
+    """tasks to download (hopper-medium-v2, antmaze-umaze-v2, ...), files of D4RL, or all: the paper's fifteen tasks"""
     id: str | None = None
     """Minari id of the new set (default: by the file's name, D4RL/hopper/medium-v2)"""
     folder: Path = Path("~/.d4rl/datasets").expanduser()
@@ -127,11 +129,12 @@ def split(obs, action, reward, terminal, timeout, goes_on):
 
 
 def describe(domain, level, obs, action):
-    """Arguments for Minari: the spaces, and of D4RL's tasks (a domain is given) the environment and reference scores."""
+    """Arguments for Minari: spaces, and for a task of D4RL (domain is not None) environment and reference scores."""
     about = {"observation_space": gym.spaces.Box(-np.inf, np.inf, obs.shape[1:])}
     about |= {"action_space": gym.spaces.Box(-1, 1, action.shape[1:])}
     if domain == "antmaze":
-        importlib.import_module("d4rl_antmaze")  # registers its environments
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about other environments
+            importlib.import_module("d4rl_antmaze")  # registers its environments
         if f"antmaze-{level}-v2" not in gym.registry:
             sys.exit(f"error: AntMaze has no task {level}: name one of {', '.join(MAZES)}")
         about["env"] = gym.make(f"antmaze-{level}-v2", disable_env_checker=True)
@@ -194,5 +197,11 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.id and len(args.sources) > 1:
         sys.exit("error: --id names one set: give one file")
-    for source in args.sources:
-        import_file(download(source, args.folder, args.url) if source in FILES else Path(source), args.id)
+    table_1 = [task for task in FILES if not re.fullmatch(r"\w+-expert-v2", task)]
+    for source in table_1 if args.sources == ("all",) else args.sources:
+        if source not in FILES:
+            import_file(Path(source), args.id)
+        elif get_dataset_path(args.id or minari_ids(source)[0]).exists():
+            print(f"{source} is there already; `minari delete {args.id or minari_ids(source)[0]}` removes it")
+        else:
+            import_file(download(source, args.folder, args.url), args.id)

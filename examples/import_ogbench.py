@@ -10,6 +10,7 @@ by the success rate, and its rewards are used as they are.
 """
 
 import itertools
+import shutil
 import sys
 import warnings
 from dataclasses import dataclass
@@ -75,10 +76,14 @@ if __name__ == "__main__":
         "observation_space": gym.spaces.Box(-np.inf, np.inf, columns[0].shape[1:]),
         "action_space": env.action_space,
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # Minari would like an author and a link to the code
-        dataset = minari.create_dataset_from_buffers(id, buffers, env=env, **spaces)
-    dataset.storage.update_metadata({"success_score": True})  # and so the stages leave the rewards as they are
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # Minari would like an author and a link to the code
+            dataset = minari.create_dataset_from_buffers(id, buffers, env=env, **spaces)
+        dataset.storage.update_metadata({"success_score": True})  # and so the stages leave the rewards as they are
+    except BaseException as e:  # also Ctrl-C
+        shutil.rmtree(get_dataset_path(id), ignore_errors=True)  # half a set must not look like a whole one
+        sys.exit(f"error: {id} was not written ({e!r:.200}): start again")
     steps, reached = len(columns[0]), sum(buffer.terminations.any() for buffer in buffers)
     print(f"{id}: {len(buffers):,} trajectories, {steps:,} transitions, the task is done in {reached:,} trajectories;")
     print(f"`python srpo_critic.py --env {id}` trains on them")

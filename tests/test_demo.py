@@ -28,8 +28,8 @@ LEVELS, MAZES = (
     ("umaze", "umaze-diverse", "medium-play", "medium-diverse"),
 )
 MAZES += ("large-play", "large-diverse")
-TASKS = [f"{robot}-{level}" for robot in ("halfcheetah", "hopper", "walker2d") for level in LEVELS]
-TASKS += [f"antmaze-{maze}" for maze in MAZES]
+TASKS = [f"{robot}-{level}-v2" for robot in ("halfcheetah", "hopper", "walker2d") for level in LEVELS]
+TASKS += [f"antmaze-{maze}-v2" for maze in MAZES]
 
 
 def environ(data):
@@ -129,7 +129,7 @@ def test_run_sh_hands_the_flags_on(tmp_path):
 def test_the_sweep_is_table_1(tmp_path):
     sweep = yaml.safe_load((ROOT / "sweep.yaml").read_text())
     assert sweep["method"] == "grid" and sweep["parameters"] == {"env": {"values": TASKS}}
-    for env in ("hopper-medium", "antmaze-large-diverse"):
+    for env in ("hopper-medium-v2", "antmaze-large-diverse-v2"):
         macros = {"${program}": [sweep["program"]], "${args}": [f"--env={env}"]}  # as W&B fills them in
         command = [word for part in sweep["command"] for word in macros.get(part, [part])]
         calls = called(tmp_path, *command, WANDB_RUN_ID="the-agent-s")

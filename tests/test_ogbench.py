@@ -72,7 +72,7 @@ def test_transitions_rewards_and_ends_are_those_of_ogbench_s_loader(maze, record
     last = np.flatnonzero(expected["terminals"])
     in_the_middle = np.setdiff1d(np.flatnonzero(data["terminal"]), last)
     assert len(in_the_middle) > 0 and len(last) == (3 if maze == "pointmaze" else 2)
-    assert info["by_success"] and not info["maze"] and info["obs_mean"] == [0.0] * info["state_dim"]
+    assert info["by_success"] and info["maze"] and info["obs_mean"] == [0.0] * info["state_dim"]
     done = [x.any() for x in np.split(1 - expected["masks"], last[:-1] + 1)]
     assert info["data_outcome"] == np.mean(done)
 
@@ -82,9 +82,10 @@ def test_all_stages_and_eval_score_the_success_rate(maze, recorded, tmp_path, ca
     """Of actor and eval.py; eval.py's against a loop written by hand."""
     id = f"ogbench/{recorded[maze][0]}"
     flags = ("--env", id, *TINY[2:], "--steps", 10)
-    run_here("srpo_critic.py", *flags)
+    assert run_here("srpo_critic.py", *flags)["args"].expectile == 0.9  # a maze
     run_here("srpo_behavior.py", *flags)
-    run_here("srpo_actor.py", *flags, "--eval-episodes", 1, "--eval-workers", 1)
+    args = run_here("srpo_actor.py", *flags, "--eval-episodes", 1, "--eval-workers", 1)["args"]
+    assert (args.beta, args.hidden_layers, args.q_grad_norm) == ((0.05,), 4, "rms")
     folder = tmp_path / "runs" / id.replace("/", "-")
     last = lines(folder / "actor.jsonl")[-1]
     assert last["eval/score"] == [100 * x for x in last["eval/success"]] and last["eval/episode_length"] == [1000.0]

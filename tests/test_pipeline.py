@@ -604,16 +604,16 @@ def ant_set(id):
 
 @pytest.mark.parametrize("kind", ["locomotion", "AntMaze"])
 def test_tasks_of_the_paper_go_through_all_stages(kind, data_root, tmp_path):
-    """By their names in D4RL, which end in -v2 there: the paper's numbers, observations as they are, D4RL's scores."""
+    """By their names: the paper's numbers, observations as they are, D4RL's scores."""
     small = ("--batch-size", 4, "--log-every", 5, "--steps", 5)
     if kind == "AntMaze":
         ant_set("D4RL/antmaze/medium-play-v1")
-        env, state_dim, size = "antmaze-medium-play-v2", 31, 20
+        env, state_dim, size = "antmaze-medium-play", 31, 20
         expected = {"score": 0.0, "success": 0.0, "episode_length": 10.0}
         numbers = {"expectile": 0.9}, {}, {"beta": (0.08,), "hidden_layers": 4, "q_grad_norm": "rms"}
     else:
         hopper = gym.make("Hopper-v5", terminate_when_unhealthy=False, max_episode_steps=12)
-        create("mujoco/hopper/medium-v0", random_episodes(hopper, 2, 12), env=hopper)
+        create("D4RL/hopper/medium-v2", random_episodes(hopper, 2, 12), env=hopper)
         env, state_dim, size = "hopper-medium-v2", 11, 24
         expected = {"episode_length": 12.0}
         numbers = {"expectile": 0.7}, {}, {"beta": (0.05,), "hidden_layers": 2, "q_grad_norm": "none"}
