@@ -208,6 +208,9 @@ def actor_loss(policy, q, eps_psi, s, t, eps, beta, weight, baseline, q_grad_nor
 def make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, start):
     """The training step, a function without arguments; draw() gives states, times and noise."""
     steps_done = torch.full((), float(start), device=window.device)  # before this one
+    for layer in behavior.modules() if args.amp else ():
+        if isinstance(layer, Linear):
+            layer.bfloat16()  # frozen: autocast would round the same weights at every step
 
     def fold(x):  # [R, B, n] -> [seeds, K B, n]: the K betas of a seed share its frozen networks
         return x.reshape(len(x) // len(args.beta), -1, x.shape[-1])

@@ -1,12 +1,16 @@
 """What must be seen on CUDA, in one run of at most four minutes: printed as it goes, with all tables last.
 
     python tests/cuda.py                  # --minutes 3 for less; without a GPU it says what it leaves out
+    python tests/cuda.py --part profile   # one part alone
 
 Parts, each in a process of its own with a time limit, so that none takes the others along:
 - capture: tests/test_capture.py, recorded updates against eager ones;
 - forms: milliseconds per step of each stage at the paper's sizes, recorded, with --amp, with --compile, and with both;
 - resume: a critic's training that is killed and resumed, against an uninterrupted one, bit for bit;
-- latency: eval.py's table of what an action costs, on artifacts that this script trains.
+- latency: eval.py's table of what an action costs, on artifacts that this script trains;
+and two that run only if --part names them, in up to three and eight minutes:
+- profile: the ten kernels that take most time in each form of the largest updates;
+- autotune: their milliseconds per step with torch.compile's mode max-autotune-no-cudagraphs, beside the default mode.
 It needs what README installs, no network and no data.
 """
 
@@ -31,53 +35,94 @@ import tyro
 from minari.data_collector import EpisodeBuffer
 
 ROOT = Path(__file__).parent.parent
-LIMITS = {"capture": 45, "forms": 100, "resume": 40, "latency": 40}  # seconds, of four minutes
-STARTS = 25  # seconds that torch.compile may need for one update
+LIMITS = {"capture": 45, "forms": 100, "resume": 40, "latency": 40, "profile": 180, "autotune": 480}  # seconds
+ALL = ("capture", "forms", "resume", "latency")  # four minutes
+STARTS = {"forms": 25, "profile": 25, "autotune": 60}  # seconds that torch.compile may need for one update
 FORMS = {"graph": (), "amp": ("amp",), "compile": ("compile",), "both": ("amp", "compile")}
+AUTOTUNE = {
+    "compile": ("compile",),
+    "autotune": ("compile", "autotune"),
+    "both": ("amp", "compile"),
+    "both, autotune": ("amp", "compile", "autotune"),
+}
 GRIDS = [("behavior", 6, 1), ("actor", 6, 6), ("critic", 6, 1), ("behavior", 1, 1), ("actor", 1, 1), ("critic", 1, 1)]
 
 
 @dataclass
 class Args:
     minutes: float = 4
-    """time for all parts together"""
-    part: Literal["all", "forms", "resume", "latency"] = "all"
-    """what a process of this script does"""
+    """time for all parts together; scales the limit of each"""
+    part: Literal["all", "capture", "forms", "resume", "latency", "profile", "autotune"] = "all"
+    """what is run; all leaves out profile and autotune"""
+    inside: bool = False
+    """this process is the part; the script itself sets it"""
 
 
-def measure_forms(seconds):
-    """A line per stage, size and form. What takes long to start, torch.compile, comes last."""
+def recorded(script, build, data, seeds, betas, flags):
+    """One form of a script's update, past compiling and recording."""
+    torch._dynamo.reset()
+    args = script.Args(env="", **({"amp": True} if "amp" in flags else {}))
+    update = build(data, args, data.device, seeds, betas)[0]
+    if "compile" in flags:
+        update = torch.compile(update, mode="max-autotune-no-cudagraphs" if "autotune" in flags else None)
+    step = script.capture(update).__next__
+    for _ in range(6):
+        step()
+    torch.cuda.synchronize()
+    return step
+
+
+def profiled(step, steps, kind="CUDA"):
+    """Name, count and microseconds of each kernel; kind CPU: of each operation."""
+    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profiler:
+        for _ in range(steps):
+            step()
+        if kind == "CUDA":
+            torch.cuda.synchronize()
+    events = [x for x in profiler.key_averages() if x.device_type.name == kind]
+    return [(x.key, x.count, x.self_device_time_total if kind == "CUDA" else x.self_cpu_time_total) for x in events]
+
+
+def kernel_table(rows, steps):
+    """A line for all rows of profiled, and one for each of the ten that take most time."""
+    total, count = sum(us for _, _, us in rows), sum(n for _, n, _ in rows)
+    lines = [f"{count / steps:.0f} kernels and {total / steps / 1000:.4f} ms in them per step; the most time:"]
+    for name, n, us in sorted(rows, key=lambda row: -row[2])[:10]:
+        name = name.removeprefix("void ").replace("at::native::", "")
+        lines.append(f"  {us / total:6.1%} {n / steps:6.1f} x {us / n:8.2f} us  {name:.64}")
+    return "\n".join(lines)
+
+
+def measure(part, seconds):
+    """A line per stage, size and form, for profile a table. What takes long to start, torch.compile, comes last."""
     if not torch.cuda.is_available():
-        print("forms: left out, PyTorch finds no CUDA device")
+        print(f"{part}: left out, PyTorch finds no CUDA device")
         return
     import benchmark
 
     end, device = time.time() + seconds, torch.device("cuda")
     torch.backends.cuda.matmul.allow_tf32 = True
     data = benchmark.random_data(device)
+    if part == "profile":
+        profiled(data.sum, 1)  # the profiler starts before any graph is recorded
     print("| stage | replicas | form | ms per step | s to start |\n|---|---|---|---|---|")
     for compiled in (False, True):
-        for stage, seeds, betas in GRIDS:
-            for form, flags in FORMS.items():
+        for stage, seeds, betas in GRIDS if part == "forms" else GRIDS[:3]:
+            for form, flags in (AUTOTUNE if part == "autotune" else FORMS).items():
                 if ("compile" in flags) != compiled or "amp" in flags and stage == "critic":
                     continue
                 row = f"| {stage} | {seeds * betas} | {form}"
-                if time.time() > end - (STARTS if compiled else 2):
+                if time.time() > end - (STARTS[part] if compiled else 2):
                     print(f"{row} | no time left | |")
                     continue
-                start = time.time()
+                (script, _, build, _), start = benchmark.STAGES[stage], time.time()
                 try:
-                    torch._dynamo.reset()
-                    script, _, build, _ = benchmark.STAGES[stage]
-                    args = script.Args(env="", **({"amp": True} if "amp" in flags else {}))
-                    update = build(data, args, device, seeds, betas)[0]
-                    step = script.capture(torch.compile(update) if compiled else update).__next__
-                    for _ in range(6):  # past compiling and recording
-                        step()
-                    torch.cuda.synchronize()
+                    step = recorded(script, build, data, seeds, betas, flags)
                     start = time.time() - start
                     ms = benchmark.milliseconds({form: step}, device, 0.2, 3)[form]
                     print(f"{row} | {ms:.4f} | {start:.1f} |")
+                    if part == "profile":
+                        print(kernel_table(profiled(step, 50), 50))
                 except Exception as e:
                     print(f"{row} | {e!r:.100} | |")
 
@@ -142,18 +187,19 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     sys.stdout.reconfigure(line_buffering=True)
     scale = args.minutes / 4
-    if args.part == "forms":
-        measure_forms(scale * LIMITS["forms"] - 5)  # its imports come first
-    elif args.part == "resume":
-        check_resume(Path("runs"))
-    elif args.part == "latency":
-        show_latency()
-    if args.part != "all":
+    if args.inside:
+        if args.part == "resume":
+            check_resume(Path("runs"))
+        elif args.part == "latency":
+            show_latency()
+        else:
+            measure(args.part, scale * LIMITS[args.part] - 5)  # its imports come first
         sys.exit()
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     print(f"{name}, {os.cpu_count()} CPU cores, torch {torch.__version__}")
-    commands = {part: [sys.executable, __file__, "--part", part, "--minutes", str(args.minutes)] for part in LIMITS}
+    inside = [sys.executable, __file__, "--inside", "--minutes", str(args.minutes), "--part"]
+    commands = {part: [*inside, part] for part in LIMITS}
     pytest = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-rs"]
     commands["capture"] = [*pytest, "--rootdir", str(ROOT), str(ROOT / "tests" / "test_capture.py")]
     tables, failed = [], []
@@ -163,11 +209,11 @@ if __name__ == "__main__":
         make_set("cuda/hopper-v0")
         path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
         environ = os.environ | {"PYTHONPATH": path, "TQDM_MININTERVAL": "30"}  # few lines into the pipes
-        for part, limit in LIMITS.items():
+        for part in ALL if args.part == "all" else [args.part]:
             begin, said = time.time(), []
             options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
             process = subprocess.Popen(commands[part], cwd=folder, env=environ, **options)
-            timer = threading.Timer(limit * scale, os.killpg, (process.pid, signal.SIGKILL))  # with all that it started
+            timer = threading.Timer(LIMITS[part] * scale, os.killpg, (process.pid, signal.SIGKILL))  # with its children
             timer.start()
             for line in process.stdout:
                 print(line, end="")
@@ -176,6 +222,7 @@ if __name__ == "__main__":
             if process.wait():
                 failed.append(part)
             state = "failed or out of time" if part in failed else "done"
-            tables += [f"### {part}: {state} after {time.time() - begin:.0f} s\n", *said[-30:]]
+            tables.append(f"### {part}: {state} after {time.time() - begin:.0f} s\n")
+            tables += said[-30:] if args.part == "all" else []
     print("\n" + "".join(tables))
     sys.exit(f"error: {', '.join(failed)} failed or had too little time" if failed else None)

@@ -218,6 +218,31 @@ def test_bfloat16_changes_the_losses_by_little(predict, trained, tmp_path):
         np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.02, atol=0.02 * scale)
 
 
+@pytest.mark.parametrize("predict", ["eps", "v"])
+def test_weights_rounded_once_or_at_every_step_are_the_same(predict, trained, tmp_path, monkeypatch):
+    """The actor's frozen behaviour model in bfloat16: its outputs, and all that the actor saves, bit for bit."""
+    run_here("srpo_behavior.py", *TINY, "--steps", 5, "--num-seeds", 2, "--predict", predict, "--run-name", "b")
+    source = tmp_path / "runs" / "b" / "behavior.pt"
+    flags = (*TINY, "--log-every", 1, "--steps", 5, "--beta", 0.1, 0.5, "--eval-every", 0, "--amp")
+    flags, outputs = (*flags, "--critic", trained / "critic.pt", "--behavior", source), []
+    for name in ("once", "every"):
+        if name == "every":
+            monkeypatch.setattr(torch.nn.Module, "bfloat16", lambda self: self)  # leaves it to autocast
+        model = run_here("srpo_actor.py", *flags, "--run-name", name)["behavior"]
+        linear = [layer for layer in model.modules() if type(layer).__name__ == "Linear"]
+        rounded = {id(x) for x in model.state_dict(keep_vars=True).values() if x.dtype == torch.bfloat16}
+        assert len(linear) == 10
+        assert rounded == ({id(x) for layer in linear for x in layer.parameters()} if name == "once" else set())
+        torch.manual_seed(0)
+        inputs = torch.randn(2, 64, 1), torch.randn(2, 64, 3), torch.rand(2, 64, 1)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            outputs.append(model(*inputs))
+    assert torch.equal(*outputs)
+    once, every = tmp_path / "runs" / "once", tmp_path / "runs" / "every"
+    assert_same_run(once, every, "actor", steps=5)
+    assert load(once / "actor.pt")["info"] == load(every / "actor.pt")["info"]  # with the checksums of its sources
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_a_compiled_run_in_bfloat16_is_trained_and_resumed(stage, trained, tmp_path):
