@@ -15,7 +15,7 @@ OWN = {"Args", "STAGE", "METRICS", "FILES", "MAY_CHANGE", "make_update"}  # what
 OWN |= {"evaluate"}  # eval.py's plays also policies that sample, several episodes at once
 SECTIONS = "Args STAGE METRICS FILES MAY_CHANGE Linear make_update capture load open_run".split()
 LOADING = ["minari_ids", "open_dataset", "flatten", "load_dataset"]  # not in the actor, which reads artifacts alone
-LONGEST = {"srpo_critic.py": 390, "srpo_behavior.py": 400, "srpo_actor.py": 490, "eval.py": 490}
+LONGEST = {"srpo_critic.py": 400, "srpo_behavior.py": 415, "srpo_actor.py": 505, "eval.py": 510}
 
 
 def source(script):
