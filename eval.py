@@ -89,7 +89,9 @@ class Linear(nn.Module):
 
 def mlp(sizes, R):
     """R multilayer perceptrons with ReLU between their layers."""
-    layers = [layer for m, n in zip(sizes, sizes[1:]) for layer in (Linear(m, n, R), nn.ReLU(inplace=True))]
+    layers = []
+    for n_in, n_out in zip(sizes, sizes[1:]):
+        layers += [Linear(n_in, n_out, R), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
 
@@ -137,10 +139,11 @@ class BehaviorModel(nn.Module):
         x = self.first(torch.cat([a_t, s, time], dim=-1))
         for block in self.blocks:
             x = x + block(x)
+        output = self.last(F.mish(x))
         if self.predict == "eps":
-            return self.last(F.mish(x))
+            return output
         alpha, sigma = alpha_sigma(t)
-        return sigma * a_t + alpha * self.last(F.mish(x))  # eps = sigma a_t + alpha v
+        return sigma * a_t + alpha * output  # eps = sigma a_t + alpha v
 
 
 def sample_actions(eps_psi, s, noise, steps):
@@ -215,12 +218,9 @@ def make_env(spec, info):
     """An environment with gymnasium's own wrappers, so that no code is run that a data set names."""
     gym.logger.min_level = gym.logger.ERROR  # no advice of newer versions: the data's own is needed
     sys.modules["farama_notifications"] = None  # silences a notice about other environments
-    packages = "gymnasium_robotics", "d4rl_antmaze", "ogbench"  # which register their environments
-    for package in packages:
+    for package in ("gymnasium_robotics", "d4rl_antmaze", "ogbench"):  # which register their environments
         if spec["id"] not in gym.registry and importlib.util.find_spec(package):
             importlib.import_module(package)
-    if spec["id"] not in gym.registry:
-        raise KeyError(f"{spec['id']}: not in gymnasium, {', '.join(packages)}")
     entry = gym.registry[spec["id"]]  # gym.make would import what stands before a colon
     with tempfile.TemporaryDirectory() as folder, mock.patch("tempfile.tempdir", folder):  # mazes leave files there
         env = gym.make(entry, spec["max_episode_steps"], disable_env_checker=True, **spec["kwargs"])
@@ -273,6 +273,11 @@ def load(path, device="cpu"):
         return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:
         sys.exit(f"error: {path} is missing or unusable ({e!r:.200}): run the stage that writes it")
+
+
+def checksum(artifact):
+    """A number that tells the networks of artifacts apart."""
+    return zlib.crc32(b"".join(x.numpy().tobytes() for x in artifact["weights"].values()))
 
 
 def select(artifact, seeds, prefix=""):

@@ -130,7 +130,9 @@ class Linear(nn.Module):
 
 def mlp(sizes, R):
     """R multilayer perceptrons with ReLU between their layers."""
-    layers = [layer for m, n in zip(sizes, sizes[1:]) for layer in (Linear(m, n, R), nn.ReLU(inplace=True))]
+    layers = []
+    for n_in, n_out in zip(sizes, sizes[1:]):
+        layers += [Linear(n_in, n_out, R), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
 
@@ -178,10 +180,11 @@ class BehaviorModel(nn.Module):
         x = self.first(torch.cat([a_t, s, time], dim=-1))
         for block in self.blocks:
             x = x + block(x)
+        output = self.last(F.mish(x))
         if self.predict == "eps":
-            return self.last(F.mish(x))
+            return output
         alpha, sigma = alpha_sigma(t)
-        return sigma * a_t + alpha * self.last(F.mish(x))  # eps = sigma a_t + alpha v
+        return sigma * a_t + alpha * output  # eps = sigma a_t + alpha v
 
 
 def actor_loss(policy, q, eps_psi, s, t, eps, beta, weight, baseline, q_grad_norm):
@@ -198,9 +201,11 @@ def actor_loss(policy, q, eps_psi, s, t, eps, beta, weight, baseline, q_grad_nor
     value = q(s, leaf)
     g = torch.autograd.grad(value.sum(), leaf)[0]  # grad_a Q(s, a) at a = policy(s)
     norm = g.norm(dim=-1, keepdim=True)
-    if q_grad_norm != "none":
-        g = g / ((norm if q_grad_norm == "l2" else norm / a.shape[-1] ** 0.5) + 1e-8)
-    w = sigma**2 if weight == "sigma2" else alpha / sigma if weight == "alpha_over_sigma" else 1
+    if q_grad_norm == "l2":
+        g = g / (norm + 1e-8)
+    elif q_grad_norm == "rms":
+        g = g / (norm / a.shape[-1] ** 0.5 + 1e-8)
+    w = {"sigma2": sigma**2, "one": 1, "alpha_over_sigma": alpha / sigma}[weight]
     bracket = w * score_term - beta * g
     return (bracket.detach() * a).sum(dim=-1).mean(dim=-1), value.detach(), norm
 
@@ -224,14 +229,14 @@ def make_update(args, policy, q_target, behavior, optimizer, beta, draw, window,
 
     def update():
         optimizer.zero_grad(set_to_none=True)
-        optimizer.param_groups[0]["lr"].copy_(args.lr * (1 + torch.cos(torch.pi * steps_done / args.steps)) / 2)
+        optimizer.param_groups[0]["lr"].copy_(args.lr / 2 * (1 + torch.cos(torch.pi / args.steps * steps_done)))
         steps_done.add_(1)
         loss, value, norm = actor_loss(policy, q, eps_psi, *draw(), beta, args.weight, args.baseline, args.q_grad_norm)
         loss.sum().backward()  # replicas share no parameters
         optimizer.step()
         window.add_(torch.stack([loss.detach(), value.mean(dim=-1), norm.mean(dim=(1, 2))]))
 
-    return update
+    return torch.compile(update) if args.compile else update
 
 
 def capture(update):
@@ -254,8 +259,11 @@ def capture(update):
 def evaluation_info(info):
     """From Minari's entries for the data: the environments, and the outcomes that score 0 and 100."""
     data, fixed = (json.loads(info["minari"].get(name, "null")) for name in ("env_spec", "eval_env_spec"))
-    if data["kwargs"].get("maze_map") in (UMAZE, [[int(cell == 1) for cell in row] for row in UMAZE]):
-        fixed = data | {"kwargs": data["kwargs"] | {"maze_map": UMAZE}}  # Minari's evaluation maze has other walls
+    umaze = data | {"kwargs": data["kwargs"] | {"maze_map": UMAZE}}
+    maps = [(spec or umaze)["kwargs"].get("maze_map", ()) for spec in (data, fixed, umaze)]
+    walls, fixed_walls, u_walls = ([[cell == 1 for cell in row] for row in maze_map] for maze_map in maps)
+    if walls == u_walls != fixed_walls:  # Minari's evaluation maze has other walls than its data
+        fixed = umaze
     limit = min(x["max_episode_steps"] or info["longest_episode"] for x in (data, fixed or data))
     environments = {}
     for where, spec in (("data", data), ("fixed", fixed or data)):
@@ -274,12 +282,9 @@ def make_env(spec, info):
     """An environment with gymnasium's own wrappers, so that no code is run that a data set names."""
     gym.logger.min_level = gym.logger.ERROR  # no advice of newer versions: the data's own is needed
     sys.modules["farama_notifications"] = None  # silences a notice about other environments
-    packages = "gymnasium_robotics", "d4rl_antmaze", "ogbench"  # which register their environments
-    for package in packages:
+    for package in ("gymnasium_robotics", "d4rl_antmaze", "ogbench"):  # which register their environments
         if spec["id"] not in gym.registry and importlib.util.find_spec(package):
             importlib.import_module(package)
-    if spec["id"] not in gym.registry:
-        raise KeyError(f"{spec['id']}: not in gymnasium, {', '.join(packages)}")
     entry = gym.registry[spec["id"]]  # gym.make would import what stands before a colon
     with tempfile.TemporaryDirectory() as folder, mock.patch("tempfile.tempdir", folder):  # mazes leave files there
         env = gym.make(entry, spec["max_episode_steps"], disable_env_checker=True, **spec["kwargs"])
@@ -335,29 +340,34 @@ def load(path, device="cpu"):
 def open_run(folder, about, model, optimizer, device):
     """Locks the run. Returns the step to start from: with --resume the last checkpoint's; else old files move aside."""
     folder.mkdir(parents=True, exist_ok=True)
-    open_run.lock = FileLock(folder / f".{STAGE}.lock", is_singleton=True)  # until the process ends, however it does
+    lock = FileLock(folder / f".{STAGE}.lock", is_singleton=True, fallback_to_soft=False)
     try:
-        open_run.lock.acquire(timeout=0)
+        open_run.lock = lock.acquire(timeout=0)  # until the process ends, however it does
     except Timeout:
         sys.exit(f"error: another srpo_{STAGE}.py writes to {folder}: wait until it ends, or give another --run-name")
-    found = [x for x in (folder / f"{STAGE}.ckpt", folder / f"{STAGE}.pt") if about["args"]["resume"] and x.exists()]
-    if not found:
-        for old in [old for pattern in FILES for old in folder.glob(pattern)]:
+    except OSError as e:  # some network file systems have no locks
+        print(f"{folder} cannot be locked ({e}): do not start this command twice at once")
+    saved = [path for path in (folder / f"{STAGE}.ckpt", folder / f"{STAGE}.pt") if path.exists()]
+    if not saved or not about["args"]["resume"]:
+        for old in [path for pattern in FILES for path in folder.glob(pattern)]:
             date = time.strftime(f"%Y%m%d-%H%M%S-{old.stat().st_mtime_ns % 10**9}", time.localtime(old.stat().st_mtime))
             print(f"{old} of an earlier run is renamed to {old.rename(old.with_stem(f'{old.stem}-{date}'))}")
         return 0
-    state = load(found[0], device)
-    for name, now in (about | about["args"] | about["info"]).items():
-        then = (state.get("args", {}) | state | state.get("info", {})).get(name)
-        if name not in MAY_CHANGE and then != now:
-            sys.exit(f"error: {found[0]} has {name} = {then!s:.99}, not {now!s:.99}: --resume needs the same")
+    state = load(saved[0], device)
+    then, now = ({**x, **x.get("args", {}), **x.get("info", {})} for x in (state, about))
+    for name, value in now.items():
+        if name not in MAY_CHANGE and (was := then.get(name)) != value:
+            sys.exit(f"error: {saved[0]} has {name} = {was!s:.99}, not {value!s:.99}: --resume needs the same")
     if "optimizer" not in state:
-        print(f"{found[0]} is finished, nothing to resume")
+        print(f"{saved[0]} is finished, nothing to resume")
         sys.exit()
     model.load_state_dict(state["weights"])
     optimizer.load_state_dict(state["optimizer"])
     (torch.cuda if device == "cuda" else torch).set_rng_state(state["rng"].cpu())
-    os.truncate(folder / f"{STAGE}.jsonl", state["log"])  # drops what was logged after the checkpoint
+    with open(folder / f"{STAGE}.jsonl", "a") as log:
+        if log.tell() < state["log"]:
+            print(f"{log.name} lacks lines of steps up to {state['step']:,}: it goes on without them")
+        log.truncate(min(log.tell(), state["log"]))  # drops what was logged after the checkpoint
     return state["step"]
 
 
@@ -370,9 +380,11 @@ def select(artifact, seeds, prefix=""):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    for name, x in [(name, x) for name, value in vars(args).items() for x in np.atleast_1d(value).tolist()]:
-        if type(x) in (int, float) and not (0 < x < np.inf or x == 0 and name in ("seed", "eval_every")):
-            sys.exit(f"error: --{name.replace('_', '-')} {x}: must be positive")
+    for name, value in vars(args).items():
+        wanted = "0 or more" if name in ("seed", "eval_every") else "positive"
+        for x in np.atleast_1d(value).tolist():  # some flags take several values
+            if type(x) in (int, float) and not (0 < x < np.inf or x == 0 and wanted == "0 or more"):
+                sys.exit(f"error: --{name.replace('_', '-')} {x}: must be {wanted}")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
     device = args.device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
@@ -385,9 +397,10 @@ if __name__ == "__main__":
         path = getattr(args, stage) or folder / f"{stage}.pt"
         artifacts[stage] = load(path)
         found = artifacts[stage] | artifacts[stage].get("info", {})
-        for name, value in ({"stage": stage, "optimizer": None} | wanted).items():  # a checkpoint has one
-            if (has := found.get(name)) != value:
-                sys.exit(f"error: {path} has {name} = {has!s:.99}, not {value!s:.99}: run srpo_{stage}.py again")
+        wanted |= {"stage": stage, "optimizer": None}  # only a checkpoint has an optimizer
+        for name, value in wanted.items():
+            if (was := found.get(name)) != value:
+                sys.exit(f"error: {path} has {name} = {was!s:.99}, not {value!s:.99}: run srpo_{stage}.py again")
         wanted |= artifacts[stage]["info"]  # both stages must have had the same data
         sources[stage] = zlib.crc32(b"".join(x.numpy().tobytes() for x in artifacts[stage]["weights"].values()))
     seeds = shared = [seed for seed in artifacts["critic"]["seeds"] if seed in artifacts["behavior"]["seeds"]]
@@ -395,15 +408,16 @@ if __name__ == "__main__":
         seeds = list(range(args.seed or 0, (args.seed or 0) + (args.num_seeds or 1)))
     if not seeds or not set(seeds) <= set(shared):
         sys.exit(f"error: critic and behaviour model share seeds {shared}, not {seeds or 'any'}: train both on those")
-    info = artifacts["critic"]["info"]
-    info |= (evaluation_info(info) if "env_spec" in info["minari"] else {"environments": None}) | {"sources": sources}
+    info = artifacts["critic"]["info"] | {"sources": sources, "environments": None}
+    if "env_spec" in info["minari"]:
+        info |= evaluation_info(info)
     obs, S, A = artifacts["behavior"].pop("obs").to(device), info["state_dim"], info["action_dim"]
     domain, _, level = args.env.removesuffix("-v2").partition("-")
     args.beta = tuple(dict.fromkeys(args.beta)) or (BETAS.get(domain, {}).get(level, 0.05),)
     args.q_grad_norm = args.q_grad_norm or ("rms" if info["maze"] else "none")
     args.hidden_layers = args.hidden_layers or (4 if info["maze"] else 2)
     print(f"beta {' '.join(map(str, args.beta))}, q-grad-norm {args.q_grad_norm}, hidden-layers {args.hidden_layers}")
-    environment = info["environments"][args.eval_env] if info["environments"] and args.eval_every else None
+    spec = info["environments"][args.eval_env] if info["environments"] and args.eval_every else None
     torch.manual_seed(seeds[0])
     replicas = [{"seed": seed, "beta": beta} for seed in seeds for beta in args.beta]
     R, sizes = len(replicas), [S] + [256] * args.hidden_layers + [A]
@@ -415,26 +429,23 @@ if __name__ == "__main__":
     behavior.load_state_dict(select(artifacts["behavior"], seeds))
     adam = {"lr": torch.tensor(args.lr, device=device), "fused": True, "capturable": device == "cuda"}
     optimizer = torch.optim.Adam(policy.parameters(), **adam)
-    if environment:
-        print(f"evaluation in {environment['id']}, wrappers left out: {environment['left_out']}")
+    print(f"evaluation in {spec['id']}, wrappers left out: {spec['left_out']}" if spec else "no evaluation")
+    if spec:
         try:  # one step of one episode, so that what is wrong shows before the training
-            weights = [x[0].numpy(force=True) for x in policy.state_dict().values()]
-            play(weights, info, environment | {"max_episode_steps": 1}, seed=0)
+            play([x[0].numpy(force=True) for x in policy.parameters()], info, spec | {"max_episode_steps": 1}, seed=0)
         except (Exception, SystemExit) as e:
-            sys.exit(f"error: cannot play in {environment['id']} ({e!r:.500}): repair it, or train with --eval-every 0")
-    else:
-        print("no evaluation")
+            sys.exit(f"error: cannot play in {spec['id']} ({e!r:.500}): repair it, or train with --eval-every 0")
     window = torch.zeros(len(METRICS), R, device=device)  # sums of the metrics since the last log line
     about = {"stage": STAGE, "format": 5, "info": info, "seeds": [x["seed"] for x in replicas], "args": asdict(args)}
     about |= {"betas": [x["beta"] for x in replicas]}
     start = open_run(folder, about, policy, optimizer, device)
-    runs, log, failed = [], folder / f"{STAGE}.jsonl", []
+    runs, log = [], folder / f"{STAGE}.jsonl"
     try:
         for replica in replicas if args.track else ():
             name = "-".join([folder.name, STAGE, *(f"{key}{value}" for key, value in replica.items())])
             where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": folder, "name": name}
-            labels = {"group": folder.name, "job_type": STAGE, "config": asdict(args) | replica}
-            runs.append(wandb.init(**where, **labels, reinit="create_new"))
+            config = asdict(args) | replica
+            runs.append(wandb.init(**where, group=folder.name, job_type=STAGE, config=config, reinit="create_new"))
     except wandb.Error as e:
         sys.exit(f"error: W&B cannot log: {e}")
 
@@ -444,9 +455,9 @@ if __name__ == "__main__":
         return obs[index], t, torch.randn(R, args.batch_size, A, device=device)
 
     update = make_update(args, policy, q_target, behavior, optimizer, beta, draw, window, start)
-    update = torch.compile(update) if args.compile else update
     update = capture(update).__next__ if args.graph and device == "cuda" else update
-    bar, clock = tqdm(range(start + 1, args.steps + 1), f"{STAGE} on {device}", args.steps, initial=start), time.time()
+    title, clock = f"{STAGE} on {device}", time.time()
+    bar = tqdm(range(start + 1, args.steps + 1), title, args.steps, initial=start, disable=None)
     for step in bar:
         update()
         if step % args.log_every and step < args.steps:
@@ -458,16 +469,19 @@ if __name__ == "__main__":
         if bad := [replica for replica, ok in zip(replicas, finite.tolist()) if not ok]:
             sys.exit(f"error: actor diverged by step {step:,} in {bad}: start again with a lower --lr or --beta")
         bar.set_postfix({name.split("/")[1]: f"{np.mean(x):.3g}" for name, x in metrics.items()}, refresh=False)
-        rate = optimizer.param_groups[0]["lr"].item()
-        metrics |= {"charts/SPS": n / (time.time() - clock), "charts/learning_rate": rate}
-        if environment and (step % args.eval_every < args.log_every or step == args.steps):
+        metrics["charts/SPS"] = n / (time.time() - clock)
+        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"].item()
+        if spec and (step % args.eval_every < args.log_every or step == args.steps):
             try:
-                policies = list(zip(*(x.numpy(force=True) for x in policy.state_dict().values())))  # of R replicas
-                metrics |= evaluate(policies, info, environment, range(args.eval_episodes), args.eval_workers)
-                bar.set_description(f"{STAGE} on {device}, score {np.mean(metrics['eval/score']):.1f}")
+                policies = list(zip(*(x.numpy(force=True) for x in policy.parameters())))  # of R replicas
+                metrics |= evaluate(policies, info, spec, range(args.eval_episodes), args.eval_workers)
+                title = f"{STAGE} on {device}, score {np.mean(metrics['eval/score']):.1f}"
+                bar.set_description(title)
             except (Exception, SystemExit) as e:
-                failed.append(step)
+                metrics["eval/failed"] = True
                 tqdm.write(f"error: evaluation failed at step {step:,}, training goes on ({e!r:.500})", file=sys.stderr)
+        if bar.disable and time.time() // 30 > clock // 30:  # no terminal: a plain line per half minute
+            print(f"{title}: step {step:,} of {args.steps:,}, {bar.postfix}", flush=True)
         clock = time.time()
         for i, run in enumerate(runs):
             run.log({name: x[i] if isinstance(x, list) else x for name, x in metrics.items()}, step=step)
@@ -485,5 +499,6 @@ if __name__ == "__main__":
             sys.exit(f"error: cannot write to {folder} ({e!r:.200}): is the disk full? Continue with --resume")
     (folder / f"{STAGE}.ckpt").unlink(missing_ok=True)
     print(f"saved {folder / STAGE}.pt")
-    if failed:
+    logged = [json.loads(line) for line in log.read_text().splitlines()]
+    if failed := [line["step"] for line in logged if "eval/failed" in line]:
         sys.exit(f"error: evaluations failed at steps {failed}: run eval.py, which scores the saved policies")

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")  # some network file systems have no locks
+
 import gymnasium as gym
 import minari
 import numpy as np
@@ -102,9 +104,8 @@ def minari_ids(env):
 
 def open_dataset(id):
     """A Minari data set, downloaded if it is missing. Exits with one line if it cannot be had."""
-    path, command = get_dataset_path(id), f"minari download {id} --force"
-    if re.match("D4RL/(halfcheetah|hopper|walker2d|antmaze)/.*-v2", id):  # Minari has none of these
-        command = f"python examples/import_d4rl.py {id.removeprefix('D4RL/').replace('/', '-')}"
+    path, d4rl = get_dataset_path(id), re.match("D4RL/(halfcheetah|hopper|walker2d|antmaze)/.*-v2", id)
+    command = f"python examples/import_d4rl.py {id[5:].replace('/', '-')}" if d4rl else f"minari download {id} --force"
     try:
         if not Path(path, "data").exists():
             hosting.download_dataset(id)
@@ -147,7 +148,6 @@ def load_dataset(env, dataset, normalize_obs, device):
         sys.exit(f"error: {source} has actions that are not in a bounded one-dimensional Box: only these are supported")
     low, high, S, A = np.float64(bounds.low), np.float64(bounds.high), gym.spaces.flatdim(space), len(bounds.low)
     maze = spec is not None and "maze" in spec.id.lower()
-    goals = maze and "achieved_goal" in getattr(space, "spaces", ())  # in the observations
     data = np.empty((sum(d.storage.total_steps for d in sets), 2 * S + A + 2), np.float32)
     episodes, N, clipped, cut = [], 0, 0, 0
     parts = [(d, part) for d in sets for part in np.array_split(d.episode_indices, 50)]  # bounds HDF5's cache
@@ -155,7 +155,7 @@ def load_dataset(env, dataset, normalize_obs, device):
         obs, rows, terminal, T = ep.observations, flatten(space, ep.observations), ep.terminations, len(ep)
         if len(rows) == T > 1:  # the last action has no next observation
             T, cut = T - 1, cut + 1
-        if goals:  # the recording continues after success, which here terminates
+        if maze and isinstance(obs, dict):  # with goals, recorded beyond success, which here terminates
             terminal = np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1)[1:] <= 0.45
             T = int(terminal.argmax()) + 1 if terminal.any() else T
         action = np.clip(ep.actions[:T], low, high)  # as simulators do
@@ -167,15 +167,14 @@ def load_dataset(env, dataset, normalize_obs, device):
         if not np.isfinite(block).all():
             sys.exit(f"error: episode {i} of {source} has missing or not finite values, or several rewards per step")
         data[N : N + T], N = block, N + T
-        success = terminal.any() or maze and (ep.rewards == 1).any()
-        episodes.append((ep.rewards.sum(), success, len(ep)))
+        episodes.append((ep.rewards.sum(), terminal.any() or maze and (ep.rewards == 1).any(), len(ep)))
     data, (returns, success, lengths) = data[:N], np.transpose(episodes)
     info = {"env": env, "fingerprint": [N, zlib.crc32(data)], "maze": maze, "state_dim": S, "action_dim": A}
     info["minari"] = {k: x for k, x in sets[0].storage.metadata.items() if k.endswith(("env_spec", "_score"))}
-    as_recorded = "success_score" in info["minari"]  # rewards that are used as they are
-    if maze and not as_recorded:
+    info["by_success"] = maze or "success_score" in info["minari"]  # what an evaluation measures
+    if maze and "success_score" not in info["minari"]:  # the rewards of sets that have it are used as they are
         data[:, S + A] -= 1
-    elif not as_recorded and np.ptp(returns) > 1e-6 * np.abs(returns).max():
+    elif not info["by_success"] and np.ptp(returns) > 1e-6 * np.abs(returns).max():
         data[:, S + A] *= 1000 / np.ptp(returns)
     mean, std = np.zeros(S, np.float32), np.ones(S, np.float32)
     if normalize_obs or normalize_obs is None and minari_ids(env) == [env]:
@@ -186,7 +185,6 @@ def load_dataset(env, dataset, normalize_obs, device):
         obs /= std
     info |= {"observation_space": serialize_space(space), "obs_mean": mean.tolist(), "obs_std": std.tolist()}
     info |= {"action_low": low.tolist(), "action_high": high.tolist(), "longest_episode": int(lengths.max())}
-    info["by_success"] = maze or as_recorded  # what an evaluation measures
     info["data_outcome"] = float((success if info["by_success"] else returns).mean())
     print(f"{source}: {len(returns):,} episodes, mean return {returns.mean():.2f}, {N:,} transitions,", end=" ")
     print(f"{clipped:,} actions clipped, {cut:,} steps without next state cut, standardised: {(std != 1).any()}")
@@ -208,7 +206,9 @@ class Linear(nn.Module):
 
 def mlp(sizes, R):
     """R multilayer perceptrons with ReLU between their layers."""
-    layers = [layer for m, n in zip(sizes, sizes[1:]) for layer in (Linear(m, n, R), nn.ReLU(inplace=True))]
+    layers = []
+    for n_in, n_out in zip(sizes, sizes[1:]):
+        layers += [Linear(n_in, n_out, R), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
 
@@ -247,7 +247,7 @@ def make_update(args, critic, optimizer, draw, window, start):
     def update():
         optimizer.zero_grad(set_to_none=True)
         if args.lr_decay:  # cosine to 0
-            optimizer.param_groups[0]["lr"].copy_(args.lr * (1 + torch.cos(torch.pi * steps_done / args.steps)) / 2)
+            optimizer.param_groups[0]["lr"].copy_(args.lr / 2 * (1 + torch.cos(torch.pi / args.steps * steps_done)))
             steps_done.add_(1)
         v_loss, q_loss, v, q = critic_loss(critic, *draw(), args.gamma, args.expectile)
         (v_loss + q_loss).sum().backward()  # replicas and networks share no parameters, so one backward serves all
@@ -256,7 +256,7 @@ def make_update(args, critic, optimizer, draw, window, start):
             torch._foreach_lerp_(list(critic.q_target.parameters()), list(critic.q.parameters()), args.tau)
             window.add_(torch.stack([v_loss, q_loss, v.mean(dim=-1), q.mean(dim=-1), q.amax(dim=-1)]))
 
-    return update
+    return torch.compile(update) if args.compile else update
 
 
 def capture(update):
@@ -289,37 +289,42 @@ def load(path, device="cpu"):
 def open_run(folder, about, model, optimizer, device):
     """Locks the run. Returns the step to start from: with --resume the last checkpoint's; else old files move aside."""
     folder.mkdir(parents=True, exist_ok=True)
-    open_run.lock = FileLock(folder / f".{STAGE}.lock", is_singleton=True)  # until the process ends, however it does
+    lock = FileLock(folder / f".{STAGE}.lock", is_singleton=True, fallback_to_soft=False)
     try:
-        open_run.lock.acquire(timeout=0)
+        open_run.lock = lock.acquire(timeout=0)  # until the process ends, however it does
     except Timeout:
         sys.exit(f"error: another srpo_{STAGE}.py writes to {folder}: wait until it ends, or give another --run-name")
-    found = [x for x in (folder / f"{STAGE}.ckpt", folder / f"{STAGE}.pt") if about["args"]["resume"] and x.exists()]
-    if not found:
-        for old in [old for pattern in FILES for old in folder.glob(pattern)]:
+    except OSError as e:  # some network file systems have no locks
+        print(f"{folder} cannot be locked ({e}): do not start this command twice at once")
+    saved = [path for path in (folder / f"{STAGE}.ckpt", folder / f"{STAGE}.pt") if path.exists()]
+    if not saved or not about["args"]["resume"]:
+        for old in [path for pattern in FILES for path in folder.glob(pattern)]:
             date = time.strftime(f"%Y%m%d-%H%M%S-{old.stat().st_mtime_ns % 10**9}", time.localtime(old.stat().st_mtime))
             print(f"{old} of an earlier run is renamed to {old.rename(old.with_stem(f'{old.stem}-{date}'))}")
         return 0
-    state = load(found[0], device)
-    for name, now in (about | about["args"] | about["info"]).items():
-        then = (state.get("args", {}) | state | state.get("info", {})).get(name)
-        if name not in MAY_CHANGE and then != now:
-            sys.exit(f"error: {found[0]} has {name} = {then!s:.99}, not {now!s:.99}: --resume needs the same")
+    state = load(saved[0], device)
+    then, now = ({**x, **x.get("args", {}), **x.get("info", {})} for x in (state, about))
+    for name, value in now.items():
+        if name not in MAY_CHANGE and (was := then.get(name)) != value:
+            sys.exit(f"error: {saved[0]} has {name} = {was!s:.99}, not {value!s:.99}: --resume needs the same")
     if "optimizer" not in state:
-        print(f"{found[0]} is finished, nothing to resume")
+        print(f"{saved[0]} is finished, nothing to resume")
         sys.exit()
     model.load_state_dict(state["weights"])
     optimizer.load_state_dict(state["optimizer"])
     (torch.cuda if device == "cuda" else torch).set_rng_state(state["rng"].cpu())
-    os.truncate(folder / f"{STAGE}.jsonl", state["log"])  # drops what was logged after the checkpoint
+    with open(folder / f"{STAGE}.jsonl", "a") as log:
+        if log.tell() < state["log"]:
+            print(f"{log.name} lacks lines of steps up to {state['step']:,}: it goes on without them")
+        log.truncate(min(log.tell(), state["log"]))  # drops what was logged after the checkpoint
     return state["step"]
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    for name, x in [(name, x) for name, value in vars(args).items() for x in np.atleast_1d(value).tolist()]:
-        if type(x) in (int, float) and not (0 < x < np.inf or x == 0 and name in ("seed", "eval_every")):
-            sys.exit(f"error: --{name.replace('_', '-')} {x}: must be positive")
+    for name, x in vars(args).items():
+        if type(x) in (int, float) and not (0 < x < np.inf or x == 0 and name == "seed"):
+            sys.exit(f"error: --{name.replace('_', '-')} {x}: must be {'0 or more' if name == 'seed' else 'positive'}")
     if max(args.expectile or 0, args.gamma, args.tau) > 1:
         sys.exit("error: --expectile, --gamma and --tau must be at most 1")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -344,8 +349,8 @@ if __name__ == "__main__":
         for replica in replicas if args.track else ():
             name = "-".join([folder.name, STAGE, *(f"{key}{value}" for key, value in replica.items())])
             where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": folder, "name": name}
-            labels = {"group": folder.name, "job_type": STAGE, "config": asdict(args) | replica}
-            runs.append(wandb.init(**where, **labels, reinit="create_new"))
+            config = asdict(args) | replica
+            runs.append(wandb.init(**where, group=folder.name, job_type=STAGE, config=config, reinit="create_new"))
     except wandb.Error as e:
         sys.exit(f"error: W&B cannot log: {e}")
 
@@ -354,9 +359,9 @@ if __name__ == "__main__":
         return data[index].split([S, A, 1, S, 1], dim=-1)
 
     update = make_update(args, critic, optimizer, draw, window, start)
-    update = torch.compile(update) if args.compile else update
     update = capture(update).__next__ if args.graph and device == "cuda" else update
-    bar, clock = tqdm(range(start + 1, args.steps + 1), f"{STAGE} on {device}", args.steps, initial=start), time.time()
+    title, clock = f"{STAGE} on {device}", time.time()
+    bar = tqdm(range(start + 1, args.steps + 1), title, args.steps, initial=start, disable=None)
     for step in bar:
         update()
         if step % args.log_every and step < args.steps:
@@ -368,8 +373,10 @@ if __name__ == "__main__":
         if bad := [replica for replica, ok in zip(replicas, finite.tolist()) if not ok]:
             sys.exit(f"error: critic diverged by step {step:,} in {bad}: start again with a lower --lr or --expectile")
         bar.set_postfix({name.split("/")[1]: f"{np.mean(x):.3g}" for name, x in metrics.items()}, refresh=False)
-        rate = optimizer.param_groups[0]["lr"].item()
-        metrics |= {"charts/SPS": n / (time.time() - clock), "charts/learning_rate": rate}
+        metrics["charts/SPS"] = n / (time.time() - clock)
+        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"].item()
+        if bar.disable and time.time() // 30 > clock // 30:  # no terminal: a plain line per half minute
+            print(f"{title}: step {step:,} of {args.steps:,}, {bar.postfix}", flush=True)
         clock = time.time()
         for i, run in enumerate(runs):
             run.log({name: x[i] if isinstance(x, list) else x for name, x in metrics.items()}, step=step)

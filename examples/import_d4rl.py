@@ -112,7 +112,7 @@ def read(path):
     return obs, action, reward, terminal > 0, timeout > 0
 
 
-def split(obs, action, reward, terminal, timeout, goes_on):
+def split(obs, action, reward, terminal, timeout, goes_on=False):
     """The steps that have a next row, as one EpisodeBuffer of T steps and T + 1 observations per episode.
 
     goes_on: whether an episode goes on after a terminal step, up to its time-out.

@@ -270,7 +270,7 @@ def test_an_imported_maze_is_trained_on_and_scored(own_root, tmp_path, capsys):
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
         said = done.stderr.splitlines()
         assert done.returncode == 1 and len(said) == 1, done.stderr
-        assert said[0].startswith("error: cannot play in antmaze-umaze-v2 (KeyError(") and "d4rl_antmaze" in said[0]
+        assert said[0].startswith("error: cannot play in antmaze-umaze-v2 (KeyError(")
 
 
 def test_older_files_are_imported_with_a_line_that_says_how_they_differ(own_root, capsys):

@@ -227,7 +227,7 @@ def test_baseline_changes_the_noise_of_the_gradient_and_not_its_mean(t, helps):
 def test_training_reaches_the_optimum_of_eq14(baseline, tolerance):
     """Q = -k/2 (a - a_best)^2, behaviour N(m, std^2): the optimum weighs a_best by beta k and m by alpha^2 / v."""
     m, std, k, a_best, beta, t = -0.3, 0.5, 40.0, 0.6, 0.05, 0.02
-    args = SimpleNamespace(lr=0.01, steps=600, beta=[beta], baseline=baseline, q_grad_norm="none")
+    args = SimpleNamespace(compile=False, lr=0.01, steps=600, beta=[beta], baseline=baseline, q_grad_norm="none")
     args.weight, args.amp = "alpha_over_sigma", False
     policy = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 1), nn.Tanh())
     optimizer = torch.optim.Adam(policy.parameters(), lr=torch.tensor(args.lr))
@@ -284,7 +284,9 @@ def test_a_flat_q_gives_a_finite_gradient(norm):
 @pytest.mark.parametrize("stage", ["critic", "behavior", "actor"])
 def test_steps_follow_the_cosine(stage, decay, start):
     """Each step takes the rate of its number, also where a run goes on; the actor's rate decays always."""
-    args = SimpleNamespace(lr=0.01, steps=20, lr_decay=decay, gamma=0.99, expectile=0.7, tau=0.005, beta=[0.1])
+    args = SimpleNamespace(
+        compile=False, lr=0.01, steps=20, lr_decay=decay, gamma=0.99, expectile=0.7, tau=0.005, beta=[0.1]
+    )
     args.weight, args.baseline, args.q_grad_norm, args.amp = "sigma2", True, "none", False
     s, a, t, r = torch.randn(1, 4, 3), torch.randn(1, 4, 2), torch.rand(1, 4, 1), torch.randn(1, 4, 1)
     if stage == "critic":

@@ -143,13 +143,13 @@ def test_the_mode_of_the_behavior_model_switches_its_dropout():
 
 def critic_update(net, R, draw):
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-3)
-    args = SimpleNamespace(gamma=0.99, expectile=0.7, tau=0.005, lr_decay=False)
+    args = SimpleNamespace(compile=False, gamma=0.99, expectile=0.7, tau=0.005, lr_decay=False)
     return srpo_critic.make_update(args, net, optimizer, draw, torch.zeros(5, R), 0)
 
 
 def behavior_update(net, R, draw):
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.01)
-    args = SimpleNamespace(lr_decay=False, amp=False)
+    args = SimpleNamespace(compile=False, lr_decay=False, amp=False)
     return srpo_behavior.make_update(args, net.eval(), optimizer, draw, torch.zeros(1, R), 0)
 
 
@@ -159,7 +159,9 @@ def actor_update(net, R, draw, betas=(0.05,), frozen=None):
     for network, state in zip(nets, frozen or [n.state_dict() for n in nets]):
         network.requires_grad_(False).load_state_dict(state)
     optimizer = torch.optim.Adam(net.parameters(), lr=torch.tensor(1e-3))
-    args = SimpleNamespace(weight="sigma2", baseline=True, q_grad_norm="rms", lr=1e-3, steps=10, beta=betas, amp=False)
+    args = SimpleNamespace(
+        compile=False, weight="sigma2", baseline=True, q_grad_norm="rms", lr=1e-3, steps=10, beta=betas, amp=False
+    )
     beta = torch.tensor(betas).repeat(R // len(betas)).view(-1, 1, 1)
     return srpo_actor.make_update(args, net, *nets, optimizer, beta, draw, torch.zeros(3, R), 0)
 
