@@ -1,7 +1,7 @@
 """Score the final policies of all seeds and betas: D4RL's normalised return, or percent of success in mazes.
 
     python eval.py --env hopper-medium       # reads runs/hopper-medium/actor.pt, writes runs/hopper-medium/eval.json
-    python eval.py --env hopper-medium --policy srpo idql behavior --latency --video
+    python eval.py --env hopper-medium --policy srpo idql behavior --video
 
 --policy adds the diffusion policies of the same artifacts: behavior, one action sampled from the behaviour model, and
 idql (Hansen-Estruch et al., 2023), the action of highest Q among several samples.
@@ -31,8 +31,6 @@ import torch.nn.functional as F
 import tyro
 from joblib import Parallel, delayed, parallel_config
 from minari.serialization import deserialize_space
-from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass
@@ -57,21 +55,18 @@ class Args:
     """number of processes that evaluate"""
     eval_env: Literal["fixed", "data"] | None = None
     """in mazes: start and goal of the data set's evaluation environment, or of the data (default: the actor's)"""
-    latency: bool = False
-    """measure the time and FLOPs of an action"""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """where --latency measures; episodes are always played on the CPU"""
     video: bool = False
     """record an episode of every policy as <run>/video/*.mp4"""
+    track: bool = False
+    """log to Weights & Biases, one run per row of the table"""
+    wandb_project_name: str = "srpo"
+    """W&B project"""
+    wandb_entity: str | None = None
+    """W&B team"""
 
 
+COLUMNS = "policy candidates sampler_steps seed beta eval_env first_episode episodes".split()  # what a score is of
 BETA_0, BETA_1 = 0.1, 20.0  # of the noise schedule
-CHAINS = {  # method: denoising steps and candidates, as in the papers or released code
-    "Diffusion-QL": (5, 50),
-    "IDQL, as released": (5, 64),
-    "SfBC": (15, 32),
-    "QGPO, guidance left out": (15, 1),
-}
 
 
 class Linear(nn.Module):
@@ -295,6 +290,23 @@ def load_artifact(path, stage):
     return artifact
 
 
+def load_frozen(artifact, folder, seeds):
+    """What an actor was trained on: per seed the weights of behaviour model and target Qs, as make_networks takes them.
+
+    Exits with one line if they have changed since then. Adds what the behaviour model predicts to the actor's info.
+    """
+    frozen = []
+    for stage, prefix in ("behavior", ""), ("critic", "q_target."):
+        path = artifact["args"][stage] or folder / f"{stage}.pt"
+        there, env = load_artifact(path, stage), artifact["info"]["env"]
+        if checksum(there) != artifact["info"]["sources"][stage]:
+            sys.exit(f"error: {path} changed since the actor was trained: run srpo_actor.py --env {env} again")
+        if stage == "behavior":
+            artifact["info"]["predict"] = there["args"]["predict"]
+        frozen.append([{k: x.numpy() for k, x in select(there, [seed], prefix).items()} for seed in seeds])
+    return list(zip(*frozen))
+
+
 def flatten(space, x):
     """T observations at once, in arrays as Minari stores them -> [T, S]; each row is what gym.spaces.flatten gives."""
     if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
@@ -360,39 +372,30 @@ def record_video(make_act, weights, info, environment, seed, folder, name):
     env.close()
 
 
-def measure_latency(policy, act, behavior, q_target, candidates, steps):
-    """Microseconds per action for 1 and for 20 states at once, and FLOPs per action: one dictionary per policy.
-
-    policy(s [1, B, S]), behavior and q_target lie on the device to measure; act(obs) is the policy in NumPy.
-    """
-    weight = policy[0].weight
-    states = [torch.randn(1, batch, weight.shape[1], device=weight.device) for batch in (1, 20)]
-    rows = [("srpo", None, None, policy)]
-    rows += [("srpo, act(obs) in NumPy", None, None, lambda s: act(s[0].numpy(force=True)))]
-    chains = [("idql", (steps, n)) for n in candidates] + [("behavior", (steps, 1)), *CHAINS.items()]
-    rows += [(name, k, n, partial(sample_best, behavior, q_target, candidates=n, steps=k)) for name, (k, n) in chains]
-    result = []
-    for name, k, n, call in rows:
-        row = {"policy": name, "steps": k, "candidates": n}
-        for s in states:
-            statement = "call(s); torch.cuda.synchronize()" if s.is_cuda else "call(s)"
-            timer = Timer(statement, globals={"call": call, "s": s}, num_threads=torch.get_num_threads())
-            row[f"us_batch_{s.shape[1]}"] = timer.blocked_autorange(min_run_time=0.3).median * 1e6 / s.shape[1]
-        with FlopCounterMode(display=False) as counter:
-            (policy if k is None else call)(states[0])
-        result.append(row | {"flops": counter.get_total_flops()})
-    return result
-
-
-def print_latency(rows, device):
-    """The same as a table."""
-    print(f"{device}: microseconds per action, for 1 and for 20 states at once, and FLOPs; also as multiples of SRPO's")
-    print(f"{'policy':>24} {'steps':>5} {'candidates':>10} {'us, 1':>15} {'us, 20':>15} {'FLOPs':>20}")
+def summarize(rows):
+    """Mean and standard deviation of the score over seeds, for each value of the other columns."""
+    groups = {}
     for row in rows:
-        line = f"{row['policy']:>24} {row['steps'] or '-':>5} {row['candidates'] or '-':>10}"
-        for name, form in ("us_batch_1", "8.1f"), ("us_batch_20", "8.1f"), ("flops", "13,d"):
-            line += f" {row[name]:{form}} {row[name] / rows[0][name]:6.3g}"
-        print(line)
+        setting = tuple((name, row[name]) for name in COLUMNS if name != "seed")
+        groups.setdefault(setting, []).append(row["score"])
+    statistics = [{"score_mean": np.mean(x), "score_std": np.std(x), "seeds": len(x)} for x in groups.values()]
+    return [dict(setting) | x for setting, x in zip(groups, statistics)]
+
+
+def track(args, folder, rows):
+    """One W&B run per row of the table: its scores are the summary, its other columns the configuration."""
+    import wandb  # not at the top: a policy in use does not need it
+
+    try:
+        for row in rows:
+            config = {"env": args.env} | {name: row[name] for name in COLUMNS}
+            name = "-".join([folder.name, "eval", *(str(row[x]) for x in COLUMNS[:5] if row[x] is not None)])
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": folder, "name": name}
+            run = wandb.init(**where, group=folder.name, job_type="eval", config=config, reinit="create_new")
+            run.summary.update({f"eval/{name}": x for name, x in row.items() if name not in COLUMNS})
+            run.finish()
+    except wandb.Error as e:
+        sys.exit(f"error: W&B cannot log: {e}")
 
 
 if __name__ == "__main__":
@@ -400,12 +403,14 @@ if __name__ == "__main__":
     for name, least in {"episodes": 0, "first_episode": 0, "workers": 1, "sampler_steps": 1, "candidates": 1}.items():
         if not all(x >= least for x in np.atleast_1d(getattr(args, name))):
             sys.exit(f"error: --{name.replace('_', '-')} {getattr(args, name)}: must be {least} or more")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
-    device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
     folder = Path(args.out_dir, args.run_name or args.env.replace("/", "-"))
     artifact = load_artifact(folder / "actor.pt", "actor")
     info, seeds, betas = artifact["info"], artifact["seeds"], artifact["betas"]
+    saved = {"actor": checksum(artifact), "policies": []}
+    if (folder / "eval.json").exists():
+        saved = json.loads((folder / "eval.json").read_text())
+    if saved.get("actor") != checksum(artifact):
+        sys.exit(f"error: {folder / 'eval.json'} is of another actor, or of an earlier version: move it away")
     if info["environments"] is None:
         sys.exit(f"error: the data set of {args.env} has no environment to evaluate in")
     args.eval_env = args.eval_env or artifact["args"]["eval_env"]
@@ -417,16 +422,9 @@ if __name__ == "__main__":
         sys.exit(f"error: cannot play in {environment['id']} ({e!r:.500}): repair or install it")
 
     policies = [("srpo", None, make_act, list(zip(seeds, betas, weights)))]  # name, candidates, make_act, replicas
-    if args.latency or set(args.policy) != {"srpo"}:
-        frozen, unique = [], list(dict.fromkeys(seeds))  # one behaviour model and one pair of target Qs per seed
-        for stage, prefix in ("behavior", ""), ("critic", "q_target."):
-            path = artifact["args"][stage] or folder / f"{stage}.pt"
-            there = load_artifact(path, stage)
-            if zlib.crc32(b"".join(x.numpy().tobytes() for x in there["weights"].values())) != info["sources"][stage]:
-                sys.exit(f"error: {path} changed since the actor was trained: run srpo_actor.py --env {args.env} again")
-            info |= {"predict": there["args"]["predict"]} if stage == "behavior" else {}
-            frozen.append([{k: x.numpy() for k, x in select(there, [seed], prefix).items()} for seed in unique])
-        replicas = [(seed, None, networks) for seed, networks in zip(unique, zip(*frozen))]
+    if set(args.policy) != {"srpo"}:
+        unique = list(dict.fromkeys(seeds))  # one behaviour model and one pair of target Qs per seed
+        replicas = [(seed, None, networks) for seed, networks in zip(unique, load_frozen(artifact, folder, unique))]
         for name, n in [("idql", n) for n in dict.fromkeys(args.candidates)] + [("behavior", 1)]:
             make = partial(make_sampling_act, candidates=n, steps=args.sampler_steps)
             policies.append((name, n, make, replicas))
@@ -438,7 +436,7 @@ if __name__ == "__main__":
     print(f"the score of the data is {100 * (info['data_outcome'] - low) / (high - low):.1f}")
     test = range(args.first_episode, args.first_episode + args.episodes)
     maze = getattr(make_env(environment, info).unwrapped, "maze", None)  # of gymnasium-robotics: it can be drawn
-    rows, ways, summary, failed = [], [], [], []
+    rows, ways, failed = [], [], []
     for name, candidates, make, replicas in policies if test else ():
         try:
             result = evaluate(make, [one for *_, one in replicas], info, environment, test, args.workers)
@@ -452,14 +450,14 @@ if __name__ == "__main__":
             row = {"policy": name, "candidates": candidates, "seed": seed, "beta": beta}
             labels = [f"{'-' if x is None else x:>14}" for x in row.values()]
             print(*labels, *(f"{x[r]:14.2f}" for x in result.values()))
+            row |= {"sampler_steps": candidates and args.sampler_steps, "eval_env": args.eval_env}
+            row |= {"first_episode": args.first_episode, "episodes": args.episodes}
             rows.append(row | {metric.split("/")[1]: x[r] for metric, x in result.items()})
             ways += [(row, delayed(trace)(make, one, info, environment, seed)) for seed in test[:5] if maze]
-    for name, candidates, beta in dict.fromkeys((x["policy"], x["candidates"], x["beta"]) for x in rows):
-        one = [x["score"] for x in rows if (x["policy"], x["candidates"], x["beta"]) == (name, candidates, beta)]
-        summary.append({"policy": name, "candidates": candidates, "beta": beta, "score_mean": np.mean(one)})
-        summary[-1] |= {"score_std": np.std(one), "seeds": len(one)}
-        label = name + (f", beta {beta:g}" if beta is not None else f", {candidates} candidate(s)")
-        print(f"{label}: score {np.mean(one):.1f} +- {np.std(one):.1f} (mean +- std over {len(one)} seed(s))")
+    for row in summarize(rows):
+        setting = f"{row['candidates']} candidate(s)" if row["beta"] is None else f"beta {row['beta']:g}"
+        score = f"score {row['score_mean']:.1f} +- {row['score_std']:.1f}"
+        print(f"{row['policy']}, {setting}: {score} (mean +- std over {row['seeds']} seed(s))")
 
     def save(name, content):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -467,24 +465,22 @@ if __name__ == "__main__":
 
     if rows:
         content = {"env": info["env"], "data_score": 100 * (info["data_outcome"] - low) / (high - low)}
-        content |= {"steps": artifact["args"]["steps"], "episodes": args.episodes, "eval_env": args.eval_env}
-        save("eval", content | {"sampler_steps": args.sampler_steps, "policies": rows, "summary": summary})
+        content |= {"steps": artifact["args"]["steps"], "actor": checksum(artifact)}
+        table = {tuple(row[name] for name in COLUMNS): row for row in saved["policies"] + rows}  # added or replaced
+        save("eval", content | {"policies": [*table.values()], "summary": summarize(table.values())})
+    if args.track:
+        track(args, folder, rows)
     if failed:
         sys.exit(f"error: no scores of {', '.join(failed)}: the evaluation failed")
     if ways:
         traces = Parallel(args.workers, max_nbytes=1000, mmap_mode="c")(job for _, job in ways)
         walls = np.argwhere([[cell == 1 for cell in row] for row in maze.maze_map])
         content = {"cell": maze.maze_size_scaling, "walls": [maze.cell_rowcol_to_xy(cell).tolist() for cell in walls]}
-        save("trajectories", content | {"ways": [row | way for (row, _), way in zip(ways, traces)]})
-    if args.latency:
-        behavior, q_target = (network.to(device) for network in make_networks(list(zip(*frozen))[0], info))
-        sizes = [info["state_dim"]] + [256] * artifact["args"]["hidden_layers"] + [info["action_dim"]]
-        policy = mlp(sizes, 1).append(nn.Tanh()).to(device).requires_grad_(False)  # its weights do not matter here
-        act, n, steps = make_act(weights[0], info), args.candidates, args.sampler_steps
-        table = measure_latency(policy, act, behavior, q_target, n, steps)
-        where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        print_latency(table, where)
-        save("latency", {"env": info["env"], "device": where, "torch": torch.__version__, "rows": table})
+        path, new = folder / "trajectories.json", [row | way for (row, _), way in zip(ways, traces)]
+        drawn = {(way["policy"], way["candidates"]) for way in new}
+        old = json.loads(path.read_text())["ways"] if path.exists() and saved["policies"] else []
+        kept = [way for way in old if (way["policy"], way["candidates"]) not in drawn]
+        save("trajectories", content | {"ways": [way for way in kept if way["eval_env"] == args.eval_env] + new})
     if args.video:
         jobs = []
         for name, candidates, make, replicas in policies:

@@ -5,7 +5,7 @@
 
 learning.png   losses, Q and score during training: mean and range over seeds, a line per beta
 beta.png       score against beta (Figure 15 of the paper), where several were trained
-time.png       score against the time of an action (Figure 1), where eval.py scored several policies with --latency
+time.png       score against the time of an action (Figure 1), where examples/latency.py measured it
 maze.png       trajectories in a maze
 """
 
@@ -50,9 +50,30 @@ def read(path):
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def read_scores(path):
+    """An eval.json by environment, eval_env -> content. Its summary has of each policy the rows of most episodes.
+
+    A row's note is empty, or says how many episodes these are if other policies have another number.
+    """
+    content, found = read(path), {}
+    if "actor" not in content:
+        sys.exit(f"error: {path} is of an earlier version: move it away and run eval.py again")
+    for where in dict.fromkeys(row["eval_env"] for row in content["summary"]):
+        rows, most = [row for row in content["summary"] if row["eval_env"] == where], {}
+        for row in rows:
+            most[row["policy"]] = max(row["episodes"], most.get(row["policy"], 0))
+        rows = [row | {"note": ""} for row in rows if row["episodes"] == most[row["policy"]]]
+        if len(set(most.values())) > 1:
+            rows = [row | {"note": f", {row['episodes']} episodes"} for row in rows]
+        episodes = " or ".join(str(n) for n in sorted(set(most.values())))
+        found[where] = content | {"summary": rows, "episodes": episodes, "eval_env": where}
+    return found
+
+
 def name_of(row):
     """A policy's name in a picture."""
-    return NAMES[row["policy"]] + (f", {row['candidates']} candidates" if row["policy"] == "idql" else "")
+    candidates = f", {row['candidates']} candidates" if row["policy"] == "idql" else ""
+    return NAMES[row["policy"]] + candidates + row.get("note", "")
 
 
 def curves(path, metric):
@@ -104,9 +125,8 @@ def plot_beta(scores):
         ax.axhline(row["score_mean"], color=color, linestyle="--", label=name_of(row))
         ax.axhspan(*(row["score_mean"] + row["score_std"] * np.array([-1, 1])), color=color, alpha=0.15)
     ax.axhline(scores["data_score"], color="black", linestyle=":", label="data")
-    ax.set(
-        xscale="log", xlabel="beta (larger: follows Q more)", ylabel=f"score, {scores['episodes']} episodes per seed"
-    )
+    ax.set(xscale="log", xlabel="beta (larger: follows Q more)")
+    ax.set_ylabel(f"score, {scores['episodes']} episodes per seed")
     ax.set_xticks(beta, [f"{x:g}" for x in beta])
     ax.minorticks_off()
     ax.set_title(f"{scores['env']}: mean and std over {srpo[0]['seeds']} seed(s)")
@@ -119,7 +139,7 @@ def plot_time(scores, latency):
     times = {(row["policy"], row["candidates"], row["steps"]): row["us_batch_1"] for row in latency["rows"]}
     points, betas = {}, [row["beta"] for row in scores["summary"] if row["policy"] == "srpo"]
     for row in sorted(scores["summary"], key=lambda row: row["score_mean"]):
-        key = row["policy"], row["candidates"], None if row["policy"] == "srpo" else scores["sampler_steps"]
+        key = row["policy"], row["candidates"], row["sampler_steps"]
         if key in times:
             points[key] = times[key], row  # of several betas, which all take the same time, the best
     if len(points) < 2:
@@ -161,7 +181,7 @@ def plot_maze(content, name):
         ax.set(title=name_of(ways[0]), xlabel="x (m)", ylabel="y (m)", aspect="equal")
         ax.grid(False)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle(f"{name}: seed {content['ways'][0]['seed']}, episodes from the same starts")
+    figure.suptitle(f"{name}\nseed {content['ways'][0]['seed']}, episodes from the same starts", fontsize=9)
     return figure
 
 
@@ -169,37 +189,41 @@ def make_table(folders):
     """Rows like those of the paper's Table 1: one per scored run, then the mean per domain.
 
     Of several betas, or numbers of candidates, the one of highest mean score stands for its policy, as in the paper.
+    A run that was scored in two environments (--eval-env) has two rows.
     """
     rows, domains = [], {}
     for folder in sorted(folders, key=lambda folder: folder.name):
-        content = read(folder / "eval.json")
-        row = {"run": folder.name, "data": content["data_score"], "steps": content["steps"]}
-        for best in sorted(content["summary"], key=lambda found: found["score_mean"]):
-            row |= {best["policy"]: best["score_mean"], f"{best['policy']}_std": best["score_std"]}
-            row |= {name: best[name] for name in ("beta", "seeds") if best["policy"] == "srpo"}
-        rows.append(row)
-        domains.setdefault(content["env"].partition("-")[0], []).append(row)
-    for domain, members in domains.items():
+        for where, content in read_scores(folder / "eval.json").items():
+            row = {"run": folder.name, "eval_env": where, "episodes": content["episodes"]}
+            row |= {"data": content["data_score"], "steps": content["steps"]}
+            for best in sorted(content["summary"], key=lambda found: found["score_mean"]):
+                row |= {best["policy"]: best["score_mean"], f"{best['policy']}_std": best["score_std"]}
+                row |= {f"{best['policy']}_note": best["note"]}
+                row |= {name: best[name] for name in ("beta", "seeds") if best["policy"] == "srpo"}
+            rows.append(row)
+            domains.setdefault((content["env"].partition("-")[0], where), []).append(row)
+    for (domain, where), members in domains.items():
         names = [name for name in ("data", *NAMES) if all(name in row for row in members)]
         means = {name: float(np.mean([row[name] for row in members])) for name in names}
-        rows.append({"run": f"{domain}: mean of {len(members)}", **means})
+        rows.append({"run": f"{domain}: mean of {len(members)}", "eval_env": where, **means})
     return rows
 
 
 def write_table(rows, path):
     """The rows as path.csv and, like a paper's, path.md, which is printed."""
-    names = ["run", "data", *NAMES, "beta", "seeds", "steps"]
+    names = ["run", "eval_env", "episodes", "data", *NAMES, "beta", "seeds", "steps"]
 
     def cell(row, name):
         std = f" ± {row[f'{name}_std']:.1f}" if f"{name}_std" in row else ""
-        return f"{row[name]:.1f}{std}" if name in ("data", *NAMES) and name in row else str(row.get(name, ""))
+        value = f"{row[name]:.1f}{std}" if name in ("data", *NAMES) and name in row else str(row.get(name, ""))
+        return value + row.get(f"{name}_note", "")
 
     lines = ["| " + " | ".join(line) + " |" for line in [names, ["---"] * len(names)]]
     lines += ["| " + " | ".join(cell(row, name) for name in names) + " |" for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     with open(path.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, names + [f"{name}_std" for name in NAMES])
+        writer = csv.DictWriter(file, names + [f"{name}_std" for name in NAMES], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     print(*lines, f"saved {path}.md and {path}.csv", sep="\n")
@@ -218,7 +242,9 @@ if __name__ == "__main__":
         sys.exit()
     if args.run is None:
         sys.exit("error: name the folder of a run, --run runs/NAME, or of several, --table runs/*")
-    scores, latency, maze = (read(args.run / f"{name}.json") for name in ("eval", "latency", "trajectories"))
+    latency, maze = (read(args.run / f"{name}.json") for name in ("latency", "trajectories"))
+    scores = list(read_scores(args.run / "eval.json").values()) if (args.run / "eval.json").exists() else []
+    scores = max(scores, key=lambda one: max(row["episodes"] for row in one["summary"]), default=None)
     figures = {"learning": plot_learning(args.run, args.run.name)}
     if scores:
         figures["beta"] = plot_beta(scores)

@@ -19,8 +19,8 @@ elif [[ $1 == --small ]]; then
     shift
     steps=20000 betas="0.002 0.01 0.05 0.2" horizon=""
     if [[ ${1:-} == *antmaze* ]]; then
-        steps=30000 betas="0.002 0.005 0.01" # the ant's behaviour model needs more steps; beta 0.05 had no success
-        horizon="--gamma 0.997 --tau 0.05"   # the goal is hundreds of steps away
+        steps=30000 betas="0.01 0.02 0.05"
+        horizon="--gamma 0.997 --tau 0.05" # the goal is hundreds of steps away
     fi
     both="--num-seeds 3 --lr 1e-3 --lr-decay --normalize-obs"
     critic="$both --steps 60000 $horizon"
@@ -37,20 +37,41 @@ if [[ $env == -* || -z $env ]]; then
 fi
 shift
 all=() data=() model=() where=() # flags of all stages, of stages 1 and 2, of stages 2 and 3, and of eval.py too
+out=runs name=${env//\//-}      # the run's folder
 while (($#)); do
     case $1 in
     --dataset) data+=("$1" "$2") && shift ;;
     --dataset=* | --normalize[-_]obs | --no-normalize[-_]obs) data+=("$1") ;;
     --amp | --no-amp) model+=("$1") ;;
-    --run[-_]name | --out[-_]dir) where+=("$1" "$2") all+=("$1" "$2") && shift ;;
-    --run[-_]name=* | --out[-_]dir=*) where+=("$1") all+=("$1") ;;
+    --track | --no-track | --wandb[-_]*=*) where+=("$1") all+=("$1") ;;
+    --wandb[-_]*) where+=("$1" "$2") all+=("$1" "$2") && shift ;;
+    --run[-_]name) name=$2 where+=("$1" "$2") all+=("$1" "$2") && shift ;;
+    --run[-_]name=*) name=${1#*=} where+=("$1") all+=("$1") ;;
+    --out[-_]dir) out=$2 where+=("$1" "$2") all+=("$1" "$2") && shift ;;
+    --out[-_]dir=*) out=${1#*=} where+=("$1") all+=("$1") ;;
     *) all+=("$1") ;;
     esac
     shift
 done
 set -- ${all[@]+"${all[@]}"}
 unset WANDB_RUN_ID WANDB_SWEEP_ID WANDB_SWEEP_PARAM_PATH # each replica is a W&B run of its own, also under an agent
+mkdir -p "$out/$name"
+exec 9> "$out/$name/.run.lock" # open until this shell, and all that it starts, has ended
+python3 -c '
+import fcntl, glob, sys
+for lock in [9, *(open(path) for path in glob.glob(sys.argv[1] + "/.*.lock") if "/.run." not in path)]:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: {sys.argv[1]} is being trained or scored: wait until that ends, or give another --run-name")
+    except OSError:  # no locks in this file system
+        pass' "$out/$name"
+failed=0
 python srpo_critic.py --env "$env" $critic "$@" ${data[@]+"${data[@]}"} ${CRITIC:-}
 python srpo_behavior.py --env "$env" $behavior "$@" ${data[@]+"${data[@]}"} ${model[@]+"${model[@]}"} ${BEHAVIOR:-}
-python srpo_actor.py --env "$env" $actor "$@" ${model[@]+"${model[@]}"} ${ACTOR:-}
+python srpo_actor.py --env "$env" $actor "$@" ${model[@]+"${model[@]}"} ${ACTOR:-} || failed=$?
+if ((failed)) && [[ ! $out/$name/actor.pt -nt $out/$name/behavior.pt ]]; then
+    exit $failed # else an evaluation in training failed, and the saved policies can be scored
+fi
 python eval.py --env "$env" ${where[@]+"${where[@]}"} ${EVAL:-}
+exit $failed

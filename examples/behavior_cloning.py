@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import tyro
 from torch import nn
-from tqdm import trange
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from eval import load_artifact, mlp
@@ -47,7 +47,7 @@ if __name__ == "__main__":
     policy = mlp([S] + [256] * flags["hidden_layers"] + [A], R).append(nn.Tanh())
     optimizer = torch.optim.Adam(policy.parameters(), flags["lr"], fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in trange(steps):
+    for _ in tqdm(range(steps), disable=None):  # no bar into a file
         s, a, *_ = data[torch.randint(len(data), (R, flags["batch_size"]))].split([S, A, 1, S, 1], dim=-1)
         loss = (policy(s) - a).square().sum(dim=-1).mean(dim=-1)  # [R]
         optimizer.zero_grad()

@@ -5,7 +5,6 @@
 It reads each run's artifacts and eval.json. A sample is one transition of one minibatch: a run has steps x batch size.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from eval import load_artifact
-from plot import COLORS
+from plot import COLORS, read_scores
 
 
 @dataclass
@@ -33,7 +32,7 @@ def gather(folders):
     for folder in folders:
         path = load_artifact(folder / "actor.pt", "actor")["args"]["behavior"] or folder / "behavior.pt"
         flags = load_artifact(path, "behavior")["args"]
-        scores = json.loads((folder / "eval.json").read_text())
+        scores = list(read_scores(folder / "eval.json").values())[0]
         rows = [row for row in scores["summary"] if row["policy"] == "srpo"]
         if len(rows) != 1:
             sys.exit(f"error: {folder}/eval.json has {len(rows)} betas of SRPO, not 1: train and score one beta")

@@ -10,7 +10,6 @@ policy. --times T ... also prints the score term of Eq. 15 at that mean for each
 
 import os
 import sys
-import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from eval import alpha_sigma, evaluate, load_artifact, make_networks, mlp, sample_actions, select, twin_q
+from eval import alpha_sigma, evaluate, load_artifact, load_frozen, make_networks, mlp, sample_actions, twin_q
 
 
 @dataclass
@@ -92,22 +91,12 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     torch.set_grad_enabled(False)
     artifact = load_artifact(args.run / "actor.pt", "actor")
-    info, flags, there = artifact["info"], artifact["args"], {}
-    for stage in ("behavior", "critic"):
-        path = flags[stage] or args.run / f"{stage}.pt"
-        there[stage] = load_artifact(path, stage)
-        checksum = zlib.crc32(b"".join(x.numpy().tobytes() for x in there[stage]["weights"].values()))
-        if checksum != info["sources"][stage]:
-            sys.exit(f"error: {path} changed since the actor was trained: run srpo_actor.py --env {info['env']} again")
-    info["predict"] = there["behavior"]["args"]["predict"]
-    obs = there["behavior"]["obs"]
+    info, flags, seeds = artifact["info"], artifact["args"], list(dict.fromkeys(artifact["seeds"]))
+    weights = dict(zip(seeds, load_frozen(artifact, args.run, seeds)))
+    networks = {seed: make_networks(one, info) for seed, one in weights.items()}
+    obs = load_artifact(flags["behavior"] or args.run / "behavior.pt", "behavior")["obs"]
     if args.episodes and not info["environments"]:
         sys.exit(f"error: the data set of {info['env']} has no environment: leave out --episodes")
-    weights, networks = {}, {}
-    for seed in dict.fromkeys(artifact["seeds"]):
-        one = select(there["behavior"], [seed]), select(there["critic"], [seed], "q_target.")
-        weights[seed] = [{name: x.numpy() for name, x in network.items()} for network in one]
-        networks[seed] = make_networks(weights[seed], info)
     policy = mlp([info["state_dim"]] + [256] * flags["hidden_layers"] + [info["action_dim"]], 1).append(nn.Tanh())
 
     print("  seed   beta  distance  samples'  Q: policy  samples   IDQL's")

@@ -1,7 +1,9 @@
 """Small data sets made on the spot, and the scripts run as a user runs them."""
 
+import contextlib
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import warnings
@@ -18,6 +20,7 @@ from minari.data_collector import EpisodeBuffer
 from minari.storage import hosting
 
 ROOT = Path(__file__).parent.parent
+signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and `&` ignore it, which processes would inherit
 
 
 def episode(observations, actions, rewards, terminated=False):
@@ -83,6 +86,35 @@ def data_root(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def in_empty_folder(data_root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@contextlib.contextmanager
+def ending_processes():
+    """Processes that are started within, of the project's scripts, end with it, and so do those that they start."""
+    started, Popen = [], subprocess.Popen
+
+    class Recorded(Popen):
+        def __init__(self, args, **options):
+            ours = str(ROOT) in str(args)
+            super().__init__(args, **({"start_new_session": True} if ours else {}) | options)
+            if ours:
+                started.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", Recorded)
+        try:
+            yield
+        finally:
+            for process in started:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+@pytest.fixture(autouse=True)
+def no_process_remains():
+    with ending_processes():
+        yield
 
 
 @pytest.fixture(autouse=True)

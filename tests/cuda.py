@@ -7,7 +7,7 @@ Parts, each in a process of its own with a time limit, so that none takes the ot
 - capture: tests/test_capture.py, recorded updates against eager ones;
 - forms: milliseconds per step of each stage at the paper's sizes, recorded, with --amp, with --compile, and with both;
 - resume: a critic's training that is killed and resumed, against an uninterrupted one, bit for bit;
-- latency: eval.py's table of what an action costs, on artifacts that this script trains;
+- latency: the table of examples/latency.py, what an action costs, on artifacts that this script trains;
 and two that run only if --part names them, in up to three and eight minutes:
 - profile: the ten kernels that take most time in each form of the largest updates;
 - autotune: their milliseconds per step with torch.compile's mode max-autotune-no-cudagraphs, beside the default mode.
@@ -178,8 +178,7 @@ def show_latency():
     for stage in ("critic", "behavior"):
         finish(start(stage, "--steps", 10, "--batch-size", 32))
     finish(start("actor", "--steps", 10, "--batch-size", 32, "--eval-every", 0))
-    flags = ("--env", "cuda/hopper-v0", "--episodes", "0", "--latency")
-    subprocess.run([sys.executable, ROOT / "eval.py", *flags], check=True)
+    subprocess.run([sys.executable, ROOT / "examples" / "latency.py", "--run", "runs/cuda-hopper-v0"], check=True)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ FLAGS = {
         ("--steps 0", "--steps 0: must be positive"),
         ("--batch-size -1", "--batch-size -1: must be positive"),
         ("--num-seeds 0", "--num-seeds 0: must be positive"),
-        ("--seed -1", "--seed -1: must be positive"),
+        ("--seed -1", "--seed -1: must be 0 or more"),
         ("--lr nan", "--lr nan: must be positive"),
         ("--log-every 0", "--log-every 0: must be positive"),
         ("--checkpoint-every 0", "--checkpoint-every 0: must be positive"),
@@ -109,7 +109,8 @@ FLAGS = {
         ("--t-range 0.0001 0.5", "must be two times from 0.001 to 1"),
         ("--t-range 0.5 1.1", "must be two times from 0.001 to 1"),
         ("--t-range 0.5 0.4", "the smaller first"),
-        ("--eval-every -1", "--eval-every -1: must be positive"),
+        ("--eval-every -1", "--eval-every -1: must be 0 or more"),
+        ("--seed -1", "--seed -1: must be 0 or more"),
         ("--eval-workers 0", "--eval-workers 0: must be positive"),
         ("--eval-episodes 0", "--eval-episodes 0: must be positive"),
         ("--hidden-layers 0", "--hidden-layers 0: must be positive"),
@@ -270,13 +271,18 @@ def test_bad_input_eval_before_actor():
         ("--first-episode -1", "--first-episode -1: must be 0 or more"),
         ("--sampler-steps 0", "--sampler-steps 0: must be 1 or more"),
         ("--candidates 8 0", "--candidates (8, 0): must be 1 or more"),
-        ("--device cuda", "finds no CUDA device"),
     ],
 )
 def test_bad_input_eval_flags(flags, message):
+    refused(message, "eval.py", "--env", "test/pendulum-v0", *flags.split())
+
+
+@pytest.mark.parametrize("flags", ["--candidates 8 0", "--sampler-steps 0", "--device cuda"])
+def test_bad_input_latency_flags(flags, trained):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    refused(message, "eval.py", "--env", "test/pendulum-v0", *flags.split())
+    message = "finds no CUDA device" if "cuda" in flags else "must be 1 or more"
+    refused(message, "examples/latency.py", "--run", trained, *flags.split())
 
 
 def test_bad_input_environment_that_cannot_be_made(trained):

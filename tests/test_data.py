@@ -756,10 +756,13 @@ ONE_WAY = [[1, 1, 1, 1], [1, "r", "g", 1], [1, 1, 1, 1]]
 def test_evaluation_is_from_one_corner_to_the_other():
     umaze, minaris = srpo_actor.UMAZE, recorded_in("AntMaze_UMaze-v4", maze_map=MINARIS_UMAZE)
     for recorded in (recorded_in("AntMaze_UMaze-v4", maze_map=umaze), recorded_in("AntMaze_UMaze-v4")):  # and -diverse
-        for fixed in (minaris, None):
-            both = environments(recorded, fixed)
-            assert both["data"] == three(recorded)
-            assert both["fixed"] == three(recorded_in("AntMaze_UMaze-v4", maze_map=umaze))
+        both = environments(recorded, minaris)
+        assert both["data"] == three(recorded)
+        assert both["fixed"] == three(recorded_in("AntMaze_UMaze-v4", maze_map=umaze))
+        assert environments(recorded, None) == {"data": three(recorded), "fixed": three(recorded)}
+        same_walls = [[1, 1, 1, 1, 1], [1, 0, "r", 0, 1], [1, 1, 1, 0, 1], [1, 0, "g", 0, 1], [1, 1, 1, 1, 1]]
+        own = recorded_in("AntMaze_UMaze-v4", maze_map=same_walls)  # another start and goal: the data's own choice
+        assert environments(recorded, own) == {"data": three(recorded), "fixed": three(own)}
     recorded = recorded_in("PointMaze_Medium-v3")
     fixed = recorded_in("PointMaze_Medium-v3", maze_map=ONE_WAY)
     longer = environments(recorded, fixed | {"max_episode_steps": 700})  # never longer than the recording
@@ -775,7 +778,8 @@ def test_evaluation_is_from_one_corner_to_the_other():
 
 def test_the_fixed_umaze_has_the_walls_of_the_data():
     """Start and goal of its environments, and that only they differ from the default map of the recording."""
-    both = environments(recorded_in("PointMaze_UMaze-v3"), None)
+    minaris = recorded_in("PointMaze_UMaze-v3", maze_map=MINARIS_UMAZE)
+    both = environments(recorded_in("PointMaze_UMaze-v3"), minaris)
     info = {"state_dim": 8, "action_low": [-1.0, -1.0], "action_high": [1.0, 1.0]}
     envs = {name: srpo_actor.make_env(env | {"wrappers": []}, info).unwrapped for name, env in both.items()}
     walls = [[[cell == 1 for cell in row] for row in env.maze.maze_map] for env in envs.values()]
@@ -787,3 +791,27 @@ def test_the_fixed_umaze_has_the_walls_of_the_data():
             cells[name, key] = {tuple(env.maze.cell_xy_to_rowcol(o[key]).tolist()) for o in obs}
     assert cells["fixed", "achieved_goal"] == {(3, 1)} and cells["fixed", "desired_goal"] == {(1, 1)}
     assert len(cells["data", "achieved_goal"]) > 2 and len(cells["data", "desired_goal"]) > 2
+
+
+def test_a_u_maze_without_an_evaluation_environment_is_scored_where_it_was_recorded(data_root):
+    """Random starts and goals, against a loop written by hand."""
+    import gymnasium_robotics
+
+    gym.register_envs(gymnasium_robotics)
+    env = gym.make("PointMaze_UMaze-v3", max_episode_steps=30, continuing_task=True, reset_target=False)
+    create("test/u-maze-v0", random_episodes(env, 3, 30), env=env)
+    flags = ("--env", "test/u-maze-v0", "--steps", 2, "--batch-size", 4)
+    for stage in ("critic", "behavior"):
+        run_here(f"srpo_{stage}.py", *flags)
+    run_here("srpo_actor.py", *flags, "--eval-every", 0)
+    run_here("eval.py", "--env", "test/u-maze-v0", "--episodes", 40, "--workers", 1)
+    folder = Path("runs/test-u-maze-v0")
+    (row,) = json.loads((folder / "eval.json").read_text())["policies"]
+    act, found = srpo_eval.load_policy(folder / "actor.pt"), []
+    for seed in range(1_000_000, 1_000_040):
+        (obs, _), total, length, done = env.reset(seed=seed), 0.0, 0, False
+        while not done:
+            obs, reward, _, truncated, outcome = env.step(act(obs))
+            total, length, done = total + reward, length + 1, truncated or outcome["success"]
+        found.append((total, length))
+    assert (row["return"], row["episode_length"]) == tuple(np.mean(found, axis=0)) and row["return"] > 0

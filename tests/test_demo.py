@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -15,6 +17,7 @@ import pytest
 import tyro
 import yaml
 from conftest import ROOT, run
+from filelock import FileLock
 
 import eval as srpo_eval
 import srpo_actor
@@ -83,7 +86,11 @@ def called(tmp_path, *command, **env):
         (folder / name).chmod(0o755)
     calls.write_text("")
     env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"} | env
-    subprocess.run(command, env=env, check=True, cwd=ROOT)
+    project = tmp_path / "project"
+    project.mkdir(exist_ok=True)
+    for name in ("run.sh", "slurm.sh"):
+        shutil.copy(ROOT / name, project)
+    subprocess.run(command, env=env, check=True, cwd=project)
     return calls.read_text().splitlines()
 
 
@@ -106,13 +113,13 @@ def test_run_sh_hands_the_flags_on(tmp_path):
     demo = called(tmp_path, "bash", "run.sh", ACTOR="--beta 0.3")
     assert demo[3].startswith("srpo_actor.py --env local/pointmaze-demo-v0") and demo[3].endswith("--beta 0.3")
     small = called(
-        tmp_path, "bash", "run.sh", "--small", "hopper-medium", "--lr", "9", BEHAVIOR="--steps 5", EVAL="--latency"
+        tmp_path, "bash", "run.sh", "--small", "hopper-medium", "--lr", "9", BEHAVIOR="--steps 5", EVAL="--video"
     )
     for call in small[:3]:  # flags come after the recipe's, of which tyro takes the last
         assert call.index("--env hopper-medium ") < call.index("--lr 1e-3") < call.index("--lr 9")
     assert "--num-seeds 3" in small[0] and "--num-seeds 3" in small[1]
     assert "--lr-decay" in small[0] and "--predict v --no-dropout" in small[1] and small[1].endswith("--lr 9 --steps 5")
-    assert small[3].startswith("eval.py --env hopper-medium --policy srpo") and small[3].endswith("--latency")
+    assert small[3].startswith("eval.py --env hopper-medium --policy srpo") and small[3].endswith("--video")
     for flags, expected in ([], True), (["--no-normalize-obs"], False):  # the recipe standardises unless told otherwise
         calls = called(tmp_path, "bash", "run.sh", "--small", "hopper-medium", *flags)
         for call, stage in zip(calls, (srpo_critic, srpo_behavior, srpo_actor, srpo_eval), strict=True):
@@ -120,10 +127,83 @@ def test_run_sh_hands_the_flags_on(tmp_path):
     maze = called(tmp_path, "bash", "run.sh", "--small", "antmaze-umaze")
     assert maze[1] != small[1].replace("hopper-medium", "antmaze-umaze") and "--env antmaze-umaze" in maze[1]
     assert "--gamma 0.997 --tau 0.05" in maze[0] and "--gamma" not in small[0]
-    assert "--beta 0.002 0.005 0.01 " in maze[2] and "--beta 0.002 0.01 0.05 0.2 " in small[2]
+    assert "--beta 0.01 0.02 0.05 " in maze[2] and "--beta 0.002 0.01 0.05 0.2 " in small[2]
+    calls = called(tmp_path, "bash", "run.sh", "hopper-medium", "--track", "--wandb-entity", "us", "--steps", "9")
+    assert calls[0] == "srpo_critic.py --env hopper-medium --track --wandb-entity us --steps 9"
+    assert calls[3] == "eval.py --env hopper-medium --track --wandb-entity us"  # the final scores, too
     for flags in (["--num-seeds", "6"], ["--small"]):
         done = subprocess.run(["bash", ROOT / "run.sh", *flags], capture_output=True, text=True)
         assert done.returncode != 0 and "the task comes first" in done.stderr
+
+
+@pytest.fixture
+def staged(tmp_path):
+    """run.sh in a folder of its own, whose python does for each script what the fixture's user writes into a file."""
+    project, folder = tmp_path / "project", tmp_path / "bin"
+    project.mkdir()
+    folder.mkdir()
+    shutil.copy(ROOT / "run.sh", project)
+    (folder / "python").write_text('#!/bin/bash\necho "$1" >> calls\n. "./$1.does"\n')
+    (folder / "python").chmod(0o755)
+    for script in ("srpo_critic.py", "srpo_behavior.py", "srpo_actor.py", "eval.py"):
+        name = script.removesuffix(".py").removeprefix("srpo_")
+        (project / f"{script}.does").write_text(f"sleep 0.01; touch runs/x/{name}.pt")
+
+    def start(*flags):
+        env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        return subprocess.Popen(["bash", "run.sh", *flags], cwd=project, env=env, **pipes)
+
+    return project, start
+
+
+@pytest.mark.parametrize("stage", ["srpo_critic", "srpo_behavior", "srpo_actor", "eval"])
+def test_a_second_run_sh_is_refused_while_the_first_one_lives(stage, staged):
+    """In whichever stage it is; when it has ended, also by a kill of all of it, the next one runs."""
+    project, start = staged
+    (project / f"{stage}.py.does").write_text("touch runs/x/began; exec sleep 60")
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        first = start("x")
+        while not (project / "runs/x/began").exists():
+            assert first.poll() is None
+            time.sleep(0.02)
+        before = (project / "calls").read_text()
+        second = start("x", "--steps", "3")
+        said = "error: runs/x is being trained or scored: wait until that ends, or give another --run-name\n"
+        assert second.communicate(timeout=20) == ("", said) and second.returncode == 1
+        other = start("x", "--run-name", "y")  # reaches the stage that lasts, too
+        time.sleep(0.3)
+        os.killpg(other.pid, signal.SIGKILL)
+        assert (project / "calls").read_text().startswith(before)
+        os.killpg(first.pid, number)
+        first.wait()
+        (project / "runs/x/began").unlink()
+    (project / f"{stage}.py.does").write_text("")
+    assert start("x").wait(timeout=20) == 0
+
+
+def test_run_sh_is_refused_while_a_stage_of_the_run_lives(staged):
+    """A stage that was started by hand."""
+    project, start = staged
+    (project / "runs/x").mkdir(parents=True)
+    with FileLock(project / "runs/x/.behavior.lock"):
+        assert start("x").wait(timeout=20) == 1
+    assert not (project / "calls").exists() and start("x").wait(timeout=20) == 0
+
+
+def test_run_sh_scores_the_policies_of_a_run_whose_evaluations_failed(staged):
+    """And ends with status 1. If there are no policies of this run, it ends at once."""
+    project, start = staged
+    scripts = ["srpo_critic.py", "srpo_behavior.py", "srpo_actor.py", "eval.py"]
+    (project / "srpo_actor.py.does").write_text("sleep 0.01; touch runs/x/actor.pt; exit 1")
+    assert start("x").wait(timeout=20) == 1 and (project / "calls").read_text().split() == scripts
+    (project / "calls").unlink()
+    (project / "srpo_actor.py.does").write_text("exit 1")  # actor.pt is of the run before
+    assert start("x").wait(timeout=20) == 1 and (project / "calls").read_text().split() == scripts[:3]
+    (project / "calls").unlink()
+    (project / "srpo_actor.py.does").write_text("sleep 0.01; touch runs/x/actor.pt")
+    (project / "eval.py.does").write_text("exit 3")
+    assert start("x").wait(timeout=20) == 3
 
 
 def test_the_sweep_is_table_1(tmp_path):
@@ -134,7 +214,7 @@ def test_the_sweep_is_table_1(tmp_path):
         command = [word for part in sweep["command"] for word in macros.get(part, [part])]
         calls = called(tmp_path, *command, WANDB_RUN_ID="the-agent-s")
         assert calls[:3] == stage_calls(env, "--num-seeds", "6", "--resume", "--track")
-        assert calls[3:] == [f"eval.py --env {env}"]
+        assert calls[3:] == [f"eval.py --env {env} --track"]
     for stage in (srpo_critic, srpo_behavior, srpo_actor):
         args = tyro.cli(stage.Args, args=calls[0].split()[1:])
         assert (args.num_seeds, args.resume, args.track) == (6, True, True)
@@ -146,7 +226,7 @@ def test_the_slurm_array_is_table_1(tmp_path):
     for i, env in enumerate(TASKS):
         calls = called(tmp_path, "bash", "slurm.sh", "--track", SLURM_ARRAY_TASK_ID=str(i))
         expected = stage_calls(env, "--num-seeds", "6", "--resume", "--track")
-        assert calls == [*expected[:2], f"{expected[2]} --eval-workers 8", f"eval.py --env {env} --workers 8"]
+        assert calls == [*expected[:2], f"{expected[2]} --eval-workers 8", f"eval.py --env {env} --track --workers 8"]
 
 
 def test_readme_s_commands_know_their_flags():
@@ -175,5 +255,5 @@ def test_the_demo_beats_its_data(tmp_path):
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "data"))
     subprocess.run(["bash", "run.sh"], cwd=copy, env=environ(tmp_path / "data"), check=True)
     result = json.loads((copy / "runs" / "local-pointmaze-demo-v0" / "eval.json").read_text())
-    assert result["episodes"] == 100
+    assert result["summary"][0]["episodes"] == 100
     assert result["data_score"] < 70 and result["summary"][0]["score_mean"] >= 90

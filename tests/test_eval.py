@@ -2,9 +2,11 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, create, episode, random_episodes, run, run_here
 from minari.serialization import serialize_space
+from test_pipeline import wandb_records
 
 import eval as srpo_eval
 import plot
@@ -268,6 +271,97 @@ def test_all_policies_in_one_table(scored):
     assert of_1 == scores["behavior"] and not set(of_1) & set(of_4)  # of one candidate, none is chosen
 
 
+@pytest.fixture
+def run_of_one(trained, tmp_path):
+    """A run folder of the test's own, with the trained artifacts; and eval.py on it."""
+    folder = tmp_path / "runs" / "test-pendulum-v0"
+    folder.mkdir(parents=True)
+    for stage in ("critic", "behavior", "actor"):
+        shutil.copy(trained / f"{stage}.pt", folder)
+
+    def score(*flags):
+        run_here("eval.py", "--env", "test/pendulum-v0", "--workers", 1, "--sampler-steps", 2, *flags)
+        return json.loads((folder / "eval.json").read_text())
+
+    return folder, score
+
+
+def settings(content):
+    return [(row["policy"], row["episodes"], row["first_episode"], row["seed"]) for row in content["policies"]]
+
+
+def test_a_later_call_adds_or_replaces_rows(run_of_one):
+    """Nothing else is erased; tables and pictures take per policy the rows of most episodes, and say which."""
+    folder, score = run_of_one
+    first = score("--episodes", 3)
+    both = score("--episodes", 2, "--policy", "behavior")
+    assert both["policies"][:4] == first["policies"] and settings(both)[4:] == [
+        ("behavior", 2, 1_000_000, seed) for seed in (0, 1)
+    ]
+    again = score("--episodes", 3)
+    assert sorted(map(str, again["policies"])) == sorted(map(str, both["policies"]))  # replaced by equal ones
+    more = score("--episodes", 4, "--first-episode", 7, "--policy", "behavior", "srpo")
+    assert len(more["policies"]) == 12 and len(more["summary"]) == 6
+    for row in more["summary"]:
+        one = [x["score"] for x in more["policies"] if all(x[k] == row[k] for k in ("policy", "beta", "episodes"))]
+        assert len(one) == row["seeds"] == 2 and row["score_mean"] == pytest.approx(np.mean(one))
+    (content,) = plot.read_scores(folder / "eval.json").values()
+    assert {(row["policy"], row["episodes"], row["note"]) for row in content["summary"]} == {
+        ("srpo", 4, ""),
+        ("behavior", 4, ""),
+    }
+    (folder / "eval.json").write_text(json.dumps(both))
+    (content,) = plot.read_scores(folder / "eval.json").values()
+    assert content["episodes"] == "2 or 3"
+    assert [plot.name_of(row) for row in content["summary"]] == ["SRPO, 3 episodes"] * 2 + [
+        "behavior model, 2 episodes"
+    ]
+    with pytest.raises(SystemExit):
+        run_here("plot.py", "--table", folder)
+    assert (
+        ", 2 episodes |" in Path("runs/table.md").read_text() and ", 3 episodes |" in Path("runs/table.md").read_text()
+    )
+
+
+def test_scores_of_another_actor_or_version_are_not_mixed(run_of_one):
+    folder, score = run_of_one
+    content = score("--episodes", 1)
+    path = folder / "eval.json"
+    for other in (content | {"actor": content["actor"] + 1}, {k: x for k, x in content.items() if k != "actor"}):
+        path.write_text(json.dumps(other))
+        with pytest.raises(SystemExit) as e:
+            score("--episodes", 1)
+        assert e.value.code == (
+            "error: runs/test-pendulum-v0/eval.json is of another actor, or of an earlier version: move it away"
+        )
+        assert json.loads(path.read_text()) == other
+    with pytest.raises(SystemExit, match="eval.json is of an earlier version: move it away and run eval.py again"):
+        run_here("plot.py", "--run", folder)
+    path.unlink()
+    assert score("--episodes", 1)["policies"] == content["policies"]
+
+
+def test_final_scores_in_weights_and_biases(run_of_one, tmp_path):
+    """One run per row: group, job type, the row's columns as configuration, its scores as summary."""
+    folder, _ = run_of_one
+    flags = ("--env", "test/pendulum-v0", "--episodes", 2, "--workers", 1, "--policy", "srpo", "behavior", "--track")
+    run("eval.py", *flags, "--sampler-steps", 2, WANDB_MODE="offline")
+    rows = json.loads((folder / "eval.json").read_text())["policies"]
+    found = []
+    for path in folder.glob("wandb/offline-run-*/*.wandb"):
+        records, summary = wandb_records(path), {}
+        (about,) = [record["run"] for record in records if record["type"] == "run"]
+        assert (about["run_group"], about["job_type"], about["project"]) == ("test-pendulum-v0", "eval", "srpo")
+        config = about["config"]["update"]
+        for record in records:
+            if record["type"] == "summary":
+                summary |= record["summary"]["update"]
+        found.append({name: config[name] for name in srpo_eval.COLUMNS} | {"score": summary["eval/score"]})
+        assert config["env"] == "test/pendulum-v0" and summary["eval/episode_length"] == 40
+    wanted = [{name: row[name] for name in (*srpo_eval.COLUMNS, "score")} for row in rows]
+    assert sorted(map(str, found)) == sorted(map(str, wanted)) and len(found) == 6
+
+
 def test_a_policy_plays_the_same_beside_others_and_with_other_workers(scored, trained, tmp_path):
     """Sampled actions too depend on nothing but the episodes' seeds."""
     flags = ("--env", "test/pendulum-v0", "--out-dir", trained.parent, "--episodes", 3, "--workers", 2)
@@ -311,8 +405,8 @@ def test_bad_input_networks_of_another_training(trained, tmp_path, capsys):
 
 
 def test_latency(scored, trained, capsys):
-    flags = ("--env", "test/pendulum-v0", "--out-dir", trained.parent, "--latency", "--episodes", 0)
-    run_here("eval.py", *flags, "--candidates", 4, 2, "--sampler-steps", 3, "--device", "cpu")
+    flags = ("--run", trained, "--candidates", 4, 2, "--sampler-steps", 3, "--device", "cpu")
+    run_here("examples/latency.py", *flags)
     content = json.loads((trained / "latency.json").read_text())
     rows = {(row["policy"], row["candidates"]): row for row in content["rows"]}
     assert all(row["us_batch_1"] > 0 and row["us_batch_20"] > 0 for row in rows.values())
@@ -409,10 +503,12 @@ def write_scores(folder, env, data, **scores):
     """An eval.json with (beta, mean, std) of policies: several betas of srpo, or numbers of candidates of idql."""
     summary = [
         {"policy": name.partition("_")[0], "beta": beta, "score_mean": mean, "score_std": std, "seeds": 3}
+        | {"eval_env": "data" if name.endswith("_data") else "fixed", "episodes": 100}
         for name, (beta, mean, std) in scores.items()
     ]
     folder.mkdir(parents=True)
-    (folder / "eval.json").write_text(json.dumps({"env": env, "data_score": data, "steps": 9, "summary": summary}))
+    content = {"env": env, "data_score": data, "steps": 9, "actor": 0, "summary": summary}
+    (folder / "eval.json").write_text(json.dumps(content))
 
 
 def test_table_of_runs(tmp_path, capsys):
@@ -427,6 +523,7 @@ def test_table_of_runs(tmp_path, capsys):
         idql_b=(None, 70.0, 4.0),
         srpo=(0.02, 90.25, 3.0),
         behavior=(None, 60.0, 0.5),
+        srpo_data=(0.04, 95.0, 2.0),
     )
     write_scores(tmp_path / "runs/another-name", "hopper-expert", 97.0, srpo=(0.01, 90.0, 1.0))
     (tmp_path / "runs/unfinished").mkdir()
@@ -440,18 +537,20 @@ def test_table_of_runs(tmp_path, capsys):
     lines = (tmp_path / "runs/table.md").read_text().splitlines()
     assert all(line in out for line in lines) and "left out" in out and "unfinished" in out
     assert lines == [
-        "| run | data | behavior | idql | srpo | beta | seeds | steps |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| another-name | 97.0 |  |  | 90.0 ± 1.0 | 0.01 | 3 | 9 |",
-        "| antmaze-umaze | 71.7 | 60.0 ± 0.5 | 80.0 ± 1.0 | 90.2 ± 3.0 | 0.02 | 3 | 9 |",
-        "| hopper-medium | 39.0 |  |  | 50.0 ± 4.0 | 0.2 | 3 | 9 |",
-        "| hopper: mean of 2 | 68.0 |  |  | 70.0 |  |  |  |",
-        "| antmaze: mean of 1 | 71.7 | 60.0 | 80.0 | 90.2 |  |  |  |",
+        "| run | eval_env | episodes | data | behavior | idql | srpo | beta | seeds | steps |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| another-name | fixed | 100 | 97.0 |  |  | 90.0 ± 1.0 | 0.01 | 3 | 9 |",
+        "| antmaze-umaze | fixed | 100 | 71.7 | 60.0 ± 0.5 | 80.0 ± 1.0 | 90.2 ± 3.0 | 0.02 | 3 | 9 |",
+        "| antmaze-umaze | data | 100 | 71.7 |  |  | 95.0 ± 2.0 | 0.04 | 3 | 9 |",
+        "| hopper-medium | fixed | 100 | 39.0 |  |  | 50.0 ± 4.0 | 0.2 | 3 | 9 |",
+        "| hopper: mean of 2 | fixed |  | 68.0 |  |  | 70.0 |  |  |  |",
+        "| antmaze: mean of 1 | fixed |  | 71.7 | 60.0 | 80.0 | 90.2 |  |  |  |",
+        "| antmaze: mean of 1 | data |  | 71.7 |  |  | 95.0 |  |  |  |",
     ]
     with open(tmp_path / "runs/table.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["srpo"] for row in rows] == ["90.0", "90.25", "50.0", "70.0", "90.25"]
-    assert rows[2]["srpo_std"] == "4.0" and rows[2]["beta"] == "0.2" and rows[0]["idql"] == ""
+    assert [row["srpo"] for row in rows] == ["90.0", "90.25", "95.0", "50.0", "70.0", "90.25", "95.0"]
+    assert rows[3]["srpo_std"] == "4.0" and rows[3]["beta"] == "0.2" and rows[0]["idql"] == ""
 
 
 def test_bad_input_table_of_nothing(tmp_path):
@@ -490,8 +589,10 @@ def test_learning_curves_show_the_log(tmp_path):
 
 SUMMARY = [("srpo", None, 0.5, 60.0, 3.0), ("srpo", None, 0.1, 50.0, 1.0), ("idql", 32, None, 55.0, 2.0)]
 SUMMARY += [("idql", 4, None, 54.0, 2.0), ("behavior", 1, None, 30.0, 2.0)]
-SUMMARY = [dict(zip(("policy", "candidates", "beta", "score_mean", "score_std"), row), seeds=2) for row in SUMMARY]
-SCORES = {"env": "x", "data_score": 5.0, "episodes": 7, "sampler_steps": 15, "summary": SUMMARY}
+NAMES = ("policy", "candidates", "beta", "score_mean", "score_std")
+SUMMARY = [dict(zip(NAMES, row), seeds=2, episodes=7, eval_env="fixed") for row in SUMMARY]
+SUMMARY = [row | {"sampler_steps": row["candidates"] and 15} for row in SUMMARY]
+SCORES = {"env": "x", "data_score": 5.0, "episodes": 7, "actor": 0, "summary": SUMMARY}
 
 
 def test_beta_picture_is_in_the_order_of_beta():
@@ -514,7 +615,8 @@ def test_time_picture_puts_scores_against_measured_times():
 
     assert points(SCORES, rows) == {(20, 60), (9000, 55), (2000, 54), (700, 30)}  # the better beta
     assert points(SCORES, rows[:2]) == {(20, 60), (9000, 55)}  # the others were not timed
-    assert plot.plot_time(SCORES | {"sampler_steps": 10}, {"device": "CPU", "rows": rows}) is None  # nor was this
+    other = [row | {"sampler_steps": row["candidates"] and 10} for row in SUMMARY]
+    assert plot.plot_time(SCORES | {"summary": other}, {"device": "CPU", "rows": rows}) is None  # nor was this
 
 
 def test_samples_picture_has_a_line_per_prediction(tmp_path):
@@ -526,7 +628,7 @@ def test_samples_picture_has_a_line_per_prediction(tmp_path):
         flags = {"predict": predict, "steps": steps, "batch_size": 100_000}
         torch.save({"stage": "behavior", "format": 5, "args": flags}, folder / "behavior.pt")
         torch.save({"stage": "actor", "format": 5, "args": {"behavior": None}}, folder / "actor.pt")
-        rows = [{"policy": "srpo", "score_mean": score, "score_std": 1.0}, SUMMARY[-1]]
+        rows = [SUMMARY[0] | {"score_mean": score, "score_std": 1.0}, SUMMARY[-1]]
         (folder / "eval.json").write_text(json.dumps(SCORES | {"summary": rows}))
     ax = draw(*gather(sorted(tmp_path.iterdir()))).axes[0]
     drawn = {line.get_label(): line[0].get_xydata().tolist() for line in ax.containers}
@@ -551,6 +653,18 @@ def test_maze_picture_has_a_panel_per_policy():
         assert [patch.get_bbox().bounds for patch in ax.patches] == [(-2, 6, 4, 4), (2, 6, 4, 4)]
     first = {"SRPO": 0, "IDQL, 32 candidates": 3, "IDQL, 4 candidates": 4}
     assert drawn == {name: [[[i, 0], [i, 1]], [[i, 0], [i, 2]]] for name, i in first.items()}
+
+
+@pytest.mark.parametrize("policies", [1, 3])
+def test_titles_fit_into_the_maze_picture(policies):
+    way = {"seed": 0, "beta": None, "goal": [9, 9], "success": True, "way": [[0, 0], [4, 4]]}
+    ways = [way | {"policy": "idql", "candidates": n} for n in range(policies)]
+    name = "ogbench-antmaze-medium-navigate-singletask-task1-v0"
+    figure = plot.plot_maze({"cell": 4, "walls": [[0, 8], [4, 8]], "ways": ways}, name)
+    figure.canvas.draw()
+    for text in (figure._suptitle, *(ax.title for ax in figure.axes)):
+        box = text.get_window_extent()
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
 
 
 def test_bad_input_plot_of_no_run(tmp_path):

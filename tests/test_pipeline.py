@@ -1,10 +1,15 @@
 """The scripts as a user runs them: hand-over, resume, evaluation, logging."""
 
+import contextlib
 import json
+import os
+import pty
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +18,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, create, episode, prepared, random_episodes, run, run_here
+from conftest import TINY, command, create, episode, prepared, random_episodes, run, run_here
 from gymnasium import spaces
 from minari.serialization import serialize_space
 from tqdm import tqdm
@@ -161,7 +166,9 @@ def test_the_updates_bring_nothing_to_the_host(monkeypatch):
     """With every way from a tensor to a Python value blocked, which on CUDA would be a synchronisation."""
     nets = srpo_critic.Critic(3, 1, 1), srpo_behavior.BehaviorModel(3, 1, 1, "v"), srpo_actor.mlp([3, 8, 1], 1)
     frozen = srpo_actor.mlp([4, 8, 1], 2), srpo_actor.BehaviorModel(3, 1, 1, "v").eval()
-    args = SimpleNamespace(gamma=0.9, expectile=0.7, tau=0.1, weight="one", baseline=True, q_grad_norm="rms")
+    args = SimpleNamespace(
+        compile=False, gamma=0.9, expectile=0.7, tau=0.1, weight="one", baseline=True, q_grad_norm="rms"
+    )
     args.lr, args.steps, args.beta, args.lr_decay, args.amp = 0.1, 10, [0.1], True, False
     beta, rates = torch.ones(1, 1, 1), [torch.tensor(0.1) for _ in nets]
     adams = [
@@ -320,10 +327,20 @@ def interrupted(step, script, *flags):
         run_here(script, *flags)
 
 
+PAUSE = """
+import time, tqdm
+old = tqdm.tqdm.__iter__
+def steps(self):
+    for step in old(self):
+        time.sleep({pause})
+        yield step
+tqdm.tqdm.__iter__ = steps
+"""
+
+
 def slowed(script, *flags, pause=0.1):
     """The script's command with pauses between steps, so that it is killed before its end."""
-    code = "import time, tqdm\nold = tqdm.tqdm.__iter__\ndef steps(self):\n    for step in old(self):\n        "
-    return prepared(f"{code}time.sleep({pause})\n        yield step\ntqdm.tqdm.__iter__ = steps", script, *flags)
+    return prepared(PAUSE.format(pause=pause), script, *flags)
 
 
 def assert_same_run(one, two, stage, steps=60):
@@ -655,14 +672,15 @@ def test_tasks_of_the_paper_go_through_all_stages(kind, data_root, tmp_path):
     for where, flag in (("fixed", ("--eval-env", "fixed")), ("data", ())):  # as the actor had it
         run_here("eval.py", "--env", env, "--episodes", 3, "--workers", 1, *flag)
         result = json.loads((folder / "eval.json").read_text())
-        assert result["eval_env"] == where and expected.items() <= result["policies"][0].items()
-        returns[where] = result["policies"][0]["return"]
+        assert result["policies"][-1]["eval_env"] == where and expected.items() <= result["policies"][-1].items()
+        returns[where] = result["policies"][-1]["return"]
+    assert len(result["policies"]) == 2  # one for each environment
     if kind == "AntMaze":
         assert returns["fixed"] > returns["data"] == 0  # dense rewards, and sparse ones
         assert len(json.loads((folder / "trajectories.json").read_text())["ways"]) == 3
     else:
         assert returns["fixed"] == returns["data"] != 0
-        assert result["policies"][0]["score"] == pytest.approx(100 * (returns["data"] + 20.272305) / 3254.572305)
+        assert result["policies"][-1]["score"] == pytest.approx(100 * (returns["data"] + 20.272305) / 3254.572305)
 
 
 def test_normalize_obs_is_a_flag(tmp_path):
@@ -802,6 +820,54 @@ def test_actor_variants_run(weight, trained, tmp_path):
     run_here("srpo_actor.py", *TINY, "--steps", 3, *paths(trained), "--eval-every", 0, "--num-seeds", 1, *flags)
     artifact = load(tmp_path / "runs" / FOLDER / "actor.pt")
     assert artifact["seeds"] == [0] and len(artifact["weights"]) == 8 and artifact["args"]["weight"] == weight
+
+
+# ---- what is printed
+
+FAST_CLOCK = """
+import time
+real, begin = time.time, time.time()
+time.time = lambda: begin + 60 * (real() - begin)  # a minute in a second
+"""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_into_a_file_a_plain_line_per_half_minute(stage, trained, tmp_path):
+    """And none per step: no carriage return, few lines, with the values of the log."""
+    code = FAST_CLOCK + PAUSE.format(pause=0.02)
+    flags = (*TINY, "--steps", 100, *(paths(trained) if stage == "actor" else ()))
+    flags += ("--eval-every", 50, "--eval-episodes", 1, "--eval-workers", 1) if stage == "actor" else ()
+    done = subprocess.run(prepared(code, f"srpo_{stage}.py", *flags), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "\r" not in done.stdout + done.stderr, done.stderr
+    plain = [line for line in done.stdout.splitlines() if line.startswith(f"{stage} on cpu")]
+    assert 2 <= len(plain) <= 10 and not done.stderr
+    log = {line["step"]: line for line in lines(tmp_path / "runs" / FOLDER / f"{stage}.jsonl")}
+    for line in plain:
+        step = int(re.search(r": step (\d+) of 100, ", line)[1])
+        name = sorted(EXPECTED[stage] & {"losses/q_loss", "losses/behavior_loss", "losses/actor_loss"})[0]
+        assert f"{name.split('/')[1]}={np.mean(log[step][name]):.3g}" in line
+    if stage == "actor":
+        assert ", score " in plain[-1]
+
+
+def test_a_run_of_seconds_prints_no_bar_into_a_file(tmp_path):
+    done = run("srpo_critic.py", *TINY, "--steps", 200)
+    assert len(done.stdout.splitlines()) <= 4 and not done.stderr
+
+
+def test_into_a_terminal_a_bar(tmp_path):
+    main, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
+    done = subprocess.run(
+        command("srpo_critic.py", *TINY, "--steps", 20), stderr=terminal, stdout=subprocess.PIPE, text=True
+    )
+    os.close(terminal)
+    said = b""
+    with contextlib.suppress(OSError):  # its end
+        while part := os.read(main, 100_000):
+            said += part
+    said = said.decode()
+    assert done.returncode == 0 and "\rcritic on cpu: 100%" in said and "critic on cpu: step" not in done.stdout
 
 
 # ---- W&B

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, damaged or diverge; files and names that would run code."""
 
+import errno
 import json
 import os
 import random
@@ -17,12 +18,13 @@ import minari
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, create, prepared, random_episodes, run, run_here
-from test_pipeline import STAGES, assert_same_run, killed, lines, load, same, slowed, stage_flags
+from conftest import ROOT, TINY, command, create, ending_processes, prepared, random_episodes, run, run_here
+from test_pipeline import STAGES, assert_same_run, interrupted, killed, lines, load, same, slowed, stage_flags
 
 import eval as srpo_eval
 
 FOLDER = "test-pendulum-v0"
+linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="/proc names the workers")
 
 
 IN_A_SAVE = """
@@ -103,6 +105,62 @@ def test_a_full_disk_keeps_the_last_checkpoint(trained, tmp_path):
     assert path.read_bytes() == before
     run_here("srpo_critic.py", *flags, "--resume")
     assert_same_run(tmp_path / "whole" / FOLDER, tmp_path / "runs" / FOLDER, "critic")
+
+
+@pytest.mark.parametrize("lost", ["all", "half"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_goes_on_without_its_log(stage, lost, trained, tmp_path, capsys):
+    """With a line that says so; the log holds what came later, and the artifact is the same."""
+    script, flags = f"srpo_{stage}.py", stage_flags(stage, trained)
+    run_here(script, *flags, "--out-dir", "whole")
+    interrupted(38, script, *flags, "--out-dir", "killed")
+    log = tmp_path / "killed" / FOLDER / f"{stage}.jsonl"
+    log.unlink() if lost == "all" else log.write_text(log.read_text().splitlines()[0] + "\n")
+    capsys.readouterr()
+    run_here(script, *flags, "--out-dir", "killed", "--resume")
+    said = f"killed/{FOLDER}/{stage}.jsonl lacks lines of steps up to 30: it goes on without them"
+    assert said in capsys.readouterr().out.splitlines()
+    steps = [line["step"] for line in lines(log)]
+    assert steps == [*([5] if lost == "half" else []), 35, 40, 45, 50, 55, 60]
+    folders = [tmp_path / name / FOLDER for name in ("whole", "killed")]
+    assert same(*(load(folder / f"{stage}.pt")["weights"] for folder in folders))
+
+
+LOCKS = """
+#include <errno.h>
+#include <stdlib.h>
+int flock(int file, int operation) { errno = atoi(getenv("FLOCK_ERRNO")); return -1; }
+"""
+
+
+@pytest.fixture(scope="module")
+def no_locks(tmp_path_factory):
+    """A library that makes every lock of a file fail, as on some network file systems."""
+    path = tmp_path_factory.mktemp("locks")
+    (path / "locks.c").write_text(LOCKS)
+    if not shutil.which("gcc"):
+        pytest.skip("no C compiler")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", path / "locks.so", path / "locks.c"], check=True)
+    return path / "locks.so"
+
+
+@linux
+@pytest.mark.parametrize("error", ["ENOLCK", "ENOTSUP", "ENOSYS"])
+def test_a_file_system_without_locks(error, no_locks, tmp_path):
+    """Minari's set is read, a killed run is resumed, and a line says what is missing."""
+    env = {"LD_PRELOAD": str(no_locks), "FLOCK_ERRNO": str(getattr(errno, error))}
+    flags = (*TINY, "--steps", 60, "--checkpoint-every", 10)
+    process = subprocess.Popen(slowed("srpo_critic.py", *flags, pause=0.1), env=os.environ | env)
+    folder = tmp_path / "runs" / FOLDER
+    while not (folder / "critic.ckpt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    done = run("srpo_critic.py", *flags, "--resume", **env)
+    said = [line for line in done.stdout.splitlines() if "cannot be locked" in line]
+    assert len(said) == 1 and said[0].startswith(f"runs/{FOLDER} cannot be locked ([Errno {env['FLOCK_ERRNO']}]")
+    assert load(folder / "critic.pt")["args"]["steps"] == 60 and "Traceback" not in done.stderr
 
 
 def test_actor_refuses_other_steps_on_resume(trained, tmp_path):
@@ -253,9 +311,6 @@ def evaluating(trained, *flags, mark):
     return process, workers
 
 
-linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="/proc names the workers")
-
-
 @linux
 def test_training_goes_on_when_a_worker_is_killed(trained, tmp_path):
     """One line says so, the policies are those of an undisturbed run, and the exit status is 1."""
@@ -334,6 +389,18 @@ def test_training_goes_on_when_an_environment_raises(failing, capsys):
     assert [row["policy"] for row in json.loads((folder / "eval.json").read_text())["policies"]] == ["srpo"]
 
 
+def test_resume_does_not_forget_which_evaluations_failed(failing):
+    """The third one, at step 30, raises; the run is interrupted after it, and goes on with a sound environment."""
+    folder, flags = failing
+    flags = (*flags, "--eval-every", 10, "--checkpoint-every", 10)
+    interrupted(38, "srpo_actor.py", *flags)
+    Path("episodes").unlink()  # it raises after five episodes
+    with pytest.raises(SystemExit) as e:
+        run_here("srpo_actor.py", *flags, "--resume")
+    assert e.value.code.startswith("error: evaluations failed at steps [30]: run eval.py")
+    assert [line["step"] for line in lines(folder / "actor.jsonl") if "eval/score" in line] == [10, 20, 40]
+
+
 def test_training_goes_on_when_an_environment_leaves_python(failing, capsys):
     folder, flags = failing
     Path("leave").touch()
@@ -405,6 +472,35 @@ def test_workers_of_a_process_killed_in_an_evaluation_end_within_two_minutes(tra
     while processes_of(f"MARK={tmp_path}"):
         assert time.time() < deadline
         time.sleep(1)
+
+
+@linux
+def test_what_a_test_starts_ends_with_it(tmp_path):
+    """Also if it fails, and also the processes that it started itself."""
+    code = "import subprocess, time; subprocess.Popen(['sleep', '77']); print(1, flush=True); time.sleep(77)"
+    code += f"  # {ROOT}"
+    with pytest.raises(AssertionError, match="as a test fails"), ending_processes():
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"1\n"
+        group = os.getpgid(process.pid)
+        raise AssertionError("as a test fails")
+    assert process.returncode == -signal.SIGKILL
+    deadline = time.time() + 10
+    while alive(group):
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+def alive(group):
+    """Whether a process of this group runs; ended ones that nobody has waited for do not count."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, its_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(its_group) == group and state != "Z":
+            return True
+    return False
 
 
 @linux
