@@ -798,7 +798,8 @@ def test_a_u_maze_without_an_evaluation_environment_is_scored_where_it_was_recor
     import gymnasium_robotics
 
     gym.register_envs(gymnasium_robotics)
-    env = gym.make("PointMaze_UMaze-v3", max_episode_steps=30, continuing_task=True, reset_target=False)
+    kwargs = {"continuing_task": True, "reset_target": False, "reward_type": "dense"}  # returns depend on the goal
+    env = gym.make("PointMaze_UMaze-v3", max_episode_steps=30, **kwargs)
     create("test/u-maze-v0", random_episodes(env, 3, 30), env=env)
     flags = ("--env", "test/u-maze-v0", "--steps", 2, "--batch-size", 4)
     for stage in ("critic", "behavior"):
@@ -814,4 +815,4 @@ def test_a_u_maze_without_an_evaluation_environment_is_scored_where_it_was_recor
             obs, reward, _, truncated, outcome = env.step(act(obs))
             total, length, done = total + reward, length + 1, truncated or outcome["success"]
         found.append((total, length))
-    assert (row["return"], row["episode_length"]) == tuple(np.mean(found, axis=0)) and row["return"] > 0
+    assert (row["return"], row["episode_length"]) == pytest.approx(tuple(np.mean(found, axis=0))) and row["return"] > 0
