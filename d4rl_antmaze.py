@@ -40,8 +40,10 @@ class D4RLAntMaze(gym.Env):
     def __init__(self, maze, render_mode=None):
         rows = [[{"#": 1, ".": 0}.get(cell, cell) for cell in row] for row in MAZES[maze]]
         width, height = len(rows[0]), len(rows)
-        walls = [[0] * (width - 3) + row for row in rows[::-1]]  # gymnasium-robotics' y falls with the row,
-        walls += [[0] * (2 * width - 3)] * (height - 3)  # and its map's centre is 0, 0: free cells move the start there
+        # In gymnasium-robotics' maps y falls with the row, and the centre of the map is 0, 0. So the rows are turned
+        # round, and free cells to the left and below, which nothing reaches, make the start's cell the centre.
+        walls = [[0] * (width - 3) + row for row in rows[::-1]]
+        walls += [[0] * (2 * width - 3)] * (height - 3)
         self.maze_env = AntMazeEnv(render_mode, walls, include_cfrc_ext_in_observation=False)
         self.maze, self.ant, model = self.maze_env.maze, self.maze_env.ant_env, self.maze_env.model
         model.opt.timestep = 0.02  # s; an environment step has 5

@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from joblib import Parallel, delayed, parallel_config
+from joblib import Parallel, cpu_count, delayed, parallel_config
 from minari.serialization import deserialize_space
 
 
@@ -50,8 +50,8 @@ class Args:
     episodes: int = 100
     """episodes per replica (0: none)"""
     first_episode: int = 1_000_000
-    """environment seed of the first episode; evaluations in training have 0, 1, ..."""
-    workers: int = os.cpu_count()
+    """environment seed of the first episode; training evaluates in 0, 1, ..., so these are others"""
+    workers: int = cpu_count()
     """number of processes that evaluate"""
     eval_env: Literal["fixed", "data"] | None = None
     """in mazes: start and goal of the data set's evaluation environment, or of the data (default: the actor's)"""
@@ -130,8 +130,8 @@ class BehaviorModel(nn.Module):
 
     def forward(self, a_t, s, t):
         phase = 2 * torch.pi * self.W * t  # [R, B, 32]
-        time = self.time(torch.cat([phase.sin(), phase.cos()], dim=-1))
-        x = self.first(torch.cat([a_t, s, time], dim=-1))
+        embedding = self.time(torch.cat([phase.sin(), phase.cos()], dim=-1))
+        x = self.first(torch.cat([a_t, s, embedding], dim=-1))
         for block in self.blocks:
             x = x + block(x)
         output = self.last(F.mish(x))
@@ -150,8 +150,8 @@ def sample_actions(eps_psi, s, noise, steps):
     alpha, sigma = alpha_sigma(torch.tensor([1, 0.001], dtype=torch.float64))
     lam = torch.linspace(*torch.log(alpha / sigma), steps + 1, dtype=torch.float64)
     h, log_alpha = lam[1] - lam[0], -F.softplus(-2 * lam) / 2
-    x = (BETA_1 - BETA_0) / 2  # x t^2 + BETA_0 t + 2 log_alpha = 0 has the solution
-    t = (-BETA_0 + (BETA_0**2 - 8 * x * log_alpha).sqrt()) / (2 * x)
+    b = (BETA_1 - BETA_0) / 2  # b t^2 + BETA_0 t + 2 log_alpha = 0, solved for t
+    t = (-BETA_0 + (BETA_0**2 - 8 * b * log_alpha).sqrt()) / (2 * b)
     alpha, sigma, t = (x.to(noise) for x in (*alpha_sigma(t), t))
     a_t, previous = noise, None
     for i in range(steps):
@@ -216,7 +216,7 @@ def make_env(spec, info):
     for package in ("gymnasium_robotics", "d4rl_antmaze", "ogbench"):  # which register their environments
         if spec["id"] not in gym.registry and importlib.util.find_spec(package):
             importlib.import_module(package)
-    entry = gym.registry[spec["id"]]  # gym.make would import what stands before a colon
+    entry = gym.registry[spec["id"]]  # not by gym.make, which imports a module that an id "module:name" names
     with tempfile.TemporaryDirectory() as folder, mock.patch("tempfile.tempdir", folder):  # mazes leave files there
         env = gym.make(entry, spec["max_episode_steps"], disable_env_checker=True, **spec["kwargs"])
     for wrapper in spec["wrappers"]:
@@ -267,7 +267,7 @@ def load(path, device="cpu"):
             raise ValueError("checksum")  # torch.load compares none
         return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:
-        sys.exit(f"error: {path} is missing or unusable ({e!r:.200}): run the stage that writes it")
+        sys.exit(f"error: {path} is missing or unusable ({e!r:.200}): run the stage that writes it, without --resume")
 
 
 def checksum(artifact):
@@ -372,6 +372,17 @@ def record_video(make_act, weights, info, environment, seed, folder, name):
     env.close()
 
 
+def read_rows(path, actor, name):
+    """The rows that a JSON file of this actor holds under a name. Exits with one line if it is another actor's."""
+    try:
+        content = json.loads(path.read_text()) if path.exists() else {"actor": actor, name: []}
+        if content["actor"] == actor:
+            return content[name]
+    except (ValueError, KeyError):  # no JSON, or of an earlier version
+        pass
+    sys.exit(f"error: {path} is of another actor, or of an earlier version: move it away")
+
+
 def summarize(rows):
     """Mean and standard deviation of the score over seeds, for each value of the other columns."""
     groups = {}
@@ -406,11 +417,7 @@ if __name__ == "__main__":
     folder = Path(args.out_dir, args.run_name or args.env.replace("/", "-"))
     artifact = load_artifact(folder / "actor.pt", "actor")
     info, seeds, betas = artifact["info"], artifact["seeds"], artifact["betas"]
-    saved = {"actor": checksum(artifact), "policies": []}
-    if (folder / "eval.json").exists():
-        saved = json.loads((folder / "eval.json").read_text())
-    if saved.get("actor") != checksum(artifact):
-        sys.exit(f"error: {folder / 'eval.json'} is of another actor, or of an earlier version: move it away")
+    read_rows(folder / "eval.json", checksum(artifact), "policies")  # refuses another actor's before it plays
     if info["environments"] is None:
         sys.exit(f"error: the data set of {args.env} has no environment to evaluate in")
     args.eval_env = args.eval_env or artifact["args"]["eval_env"]
@@ -419,7 +426,7 @@ if __name__ == "__main__":
     try:
         rollout(make_act, weights[0], info, environment | {"max_episode_steps": 1}, [args.first_episode])
     except (Exception, SystemExit) as e:
-        sys.exit(f"error: cannot play in {environment['id']} ({e!r:.500}): repair or install it")
+        sys.exit(f"error: cannot play in {environment['id']} ({e!r:.500}): install or repair it")
 
     policies = [("srpo", None, make_act, list(zip(seeds, betas, weights)))]  # name, candidates, make_act, replicas
     if set(args.policy) != {"srpo"}:
@@ -450,7 +457,7 @@ if __name__ == "__main__":
             row = {"policy": name, "candidates": candidates, "seed": seed, "beta": beta}
             labels = [f"{'-' if x is None else x:>14}" for x in row.values()]
             print(*labels, *(f"{x[r]:14.2f}" for x in result.values()))
-            row |= {"sampler_steps": candidates and args.sampler_steps, "eval_env": args.eval_env}
+            row |= {"sampler_steps": None if candidates is None else args.sampler_steps, "eval_env": args.eval_env}
             row |= {"first_episode": args.first_episode, "episodes": args.episodes}
             rows.append(row | {metric.split("/")[1]: x[r] for metric, x in result.items()})
             ways += [(row, delayed(trace)(make, one, info, environment, seed)) for seed in test[:5] if maze]
@@ -460,27 +467,27 @@ if __name__ == "__main__":
         print(f"{row['policy']}, {setting}: {score} (mean +- std over {row['seeds']} seed(s))")
 
     def save(name, content):
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        (folder / f"{name}.json.tmp").write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(folder / f"{name}.json.tmp", folder / f"{name}.json")  # a crash leaves the previous file whole
         print(f"saved {folder / name}.json")
 
     if rows:
         content = {"env": info["env"], "data_score": 100 * (info["data_outcome"] - low) / (high - low)}
         content |= {"steps": artifact["args"]["steps"], "actor": checksum(artifact)}
-        table = {tuple(row[name] for name in COLUMNS): row for row in saved["policies"] + rows}  # added or replaced
-        save("eval", content | {"policies": [*table.values()], "summary": summarize(table.values())})
-    if args.track:
-        track(args, folder, rows)
-    if failed:
-        sys.exit(f"error: no scores of {', '.join(failed)}: the evaluation failed")
+        scored = {tuple(row[name] for name in COLUMNS) for row in rows}
+        earlier = read_rows(folder / "eval.json", checksum(artifact), "policies")  # as it is now
+        table = [row for row in earlier if tuple(row[name] for name in COLUMNS) not in scored] + rows
+        save("eval", content | {"policies": table, "summary": summarize(table)})
     if ways:
         traces = Parallel(args.workers, max_nbytes=1000, mmap_mode="c")(job for _, job in ways)
         walls = np.argwhere([[cell == 1 for cell in row] for row in maze.maze_map])
         content = {"cell": maze.maze_size_scaling, "walls": [maze.cell_rowcol_to_xy(cell).tolist() for cell in walls]}
-        path, new = folder / "trajectories.json", [row | way for (row, _), way in zip(ways, traces)]
-        drawn = {(way["policy"], way["candidates"]) for way in new}
-        old = json.loads(path.read_text())["ways"] if path.exists() and saved["policies"] else []
-        kept = [way for way in old if (way["policy"], way["candidates"]) not in drawn]
-        save("trajectories", content | {"ways": [way for way in kept if way["eval_env"] == args.eval_env] + new})
+        new = [row | way for (row, _), way in zip(ways, traces)]
+        drawn = {tuple(way[name] for name in ("policy", "candidates")) for way in new}
+        old = read_rows(folder / "trajectories.json", checksum(artifact), "ways")
+        old = [way for way in old if (way["policy"], way["candidates"]) not in drawn]
+        same = [way for way in old if all(way[x] == new[0][x] for x in ("eval_env", "first_episode"))]
+        save("trajectories", content | {"actor": checksum(artifact), "ways": same + new})
     if args.video:
         jobs = []
         for name, candidates, make, replicas in policies:
@@ -493,3 +500,7 @@ if __name__ == "__main__":
             reason = f"{type(e).__name__}: {e}".splitlines()[0]
             sys.exit(f"error: cannot record ({reason}): rendering needs EGL, `apt install libegl1 libgl1-mesa-dri`")
         print(f"saved {folder / 'video'}/*.mp4")
+    if args.track:
+        track(args, folder, rows)
+    if failed:
+        sys.exit(f"error: no scores of {', '.join(failed)}: the evaluation failed")

@@ -53,7 +53,8 @@ def read(path):
 def read_scores(path):
     """An eval.json by environment, eval_env -> content. Its summary has of each policy the rows of most episodes.
 
-    A row's note is empty, or says how many episodes these are if other policies have another number.
+    Of rows that differ in nothing but their episodes or denoising steps, the last one counts. A row's note is empty, or
+    says how many episodes it has if other policies have another number.
     """
     content, found = read(path), {}
     if "actor" not in content:
@@ -62,9 +63,10 @@ def read_scores(path):
         rows, most = [row for row in content["summary"] if row["eval_env"] == where], {}
         for row in rows:
             most[row["policy"]] = max(row["episodes"], most.get(row["policy"], 0))
-        rows = [row | {"note": ""} for row in rows if row["episodes"] == most[row["policy"]]]
-        if len(set(most.values())) > 1:
-            rows = [row | {"note": f", {row['episodes']} episodes"} for row in rows]
+        rows = [row for row in rows if row["episodes"] == most[row["policy"]]]
+        rows = {(row["policy"], row["candidates"], row["beta"]): row for row in rows}.values()
+        note = ", {} episodes" if len(set(most.values())) > 1 else ""
+        rows = [row | {"note": note.format(row["episodes"])} for row in rows]
         episodes = " or ".join(str(n) for n in sorted(set(most.values())))
         found[where] = content | {"summary": rows, "episodes": episodes, "eval_env": where}
     return found

@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 # glibc keeps freed memory: saves page faults
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} # idle threads stop spinning sooner, which helps beside other jobs
 
 critic="" behavior="" actor="" # a recipe's flags, which those of the command line override
 if (($# == 0)); then
@@ -55,23 +56,24 @@ while (($#)); do
 done
 set -- ${all[@]+"${all[@]}"}
 unset WANDB_RUN_ID WANDB_SWEEP_ID WANDB_SWEEP_PARAM_PATH # each replica is a W&B run of its own, also under an agent
-mkdir -p "$out/$name"
-exec 9> "$out/$name/.run.lock" # open until this shell, and all that it starts, has ended
-python3 -c '
+mkdir -p "$out"
+exec 9> "$out/.$name.lock" # open until this shell, and all that it starts, has ended
+python -c '
 import fcntl, glob, sys
-for lock in [9, *(open(path) for path in glob.glob(sys.argv[1] + "/.*.lock") if "/.run." not in path)]:
+for file in [9, *glob.glob(glob.escape(sys.argv[1]) + "/.*.lock")]: # of this script, and of the stages
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file if file == 9 else open(file, "r+"), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit(f"error: {sys.argv[1]} is being trained or scored: wait until that ends, or give another --run-name")
-    except OSError:  # no locks in this file system
+    except OSError: # no locks in this file system
         pass' "$out/$name"
+touch "$out/.$name.lock" # its time is that of this start
 failed=0
 python srpo_critic.py --env "$env" $critic "$@" ${data[@]+"${data[@]}"} ${CRITIC:-}
 python srpo_behavior.py --env "$env" $behavior "$@" ${data[@]+"${data[@]}"} ${model[@]+"${model[@]}"} ${BEHAVIOR:-}
 python srpo_actor.py --env "$env" $actor "$@" ${model[@]+"${model[@]}"} ${ACTOR:-} || failed=$?
-if ((failed)) && [[ ! $out/$name/actor.pt -nt $out/$name/behavior.pt ]]; then
-    exit $failed # else an evaluation in training failed, and the saved policies can be scored
+if ((failed)) && [[ ! $out/$name/actor.pt -nt $out/.$name.lock ]]; then
+    exit $failed # else only evaluations in training failed, and the policies can be scored
 fi
 python eval.py --env "$env" ${where[@]+"${where[@]}"} ${EVAL:-}
 exit $failed

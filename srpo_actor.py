@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import tyro
 import wandb
 from filelock import FileLock, Timeout
-from joblib import Parallel, delayed, parallel_config
+from joblib import Parallel, cpu_count, delayed, parallel_config
 from minari.serialization import deserialize_space
 from tqdm import tqdm
 
@@ -42,7 +42,7 @@ class Args:
     out_dir: str = "runs"
     """folder of all runs"""
     seed: int | None = None
-    """first seed (default: all that both artifacts hold, or 0 if --num-seeds is given)"""
+    """first seed (default: every seed that critic and behaviour model share, or 0 if --num-seeds is given)"""
     num_seeds: int | None = None
     """number of seeds: seed, seed + 1, ...; one replica per seed and beta (default: 1 if --seed is given)"""
     critic: str | None = None
@@ -54,7 +54,7 @@ class Args:
     weight: Literal["sigma2", "one", "alpha_over_sigma"] = "sigma2"
     """omega(t) of Eq. 15"""
     t_range: tuple[float, float] = (0.02, 0.98)
-    """diffusion times of Eq. 15 are uniform between these; equal ones give a single time, as in Eq. 10"""
+    """diffusion times of Eq. 15 are drawn uniformly between these; two equal ones give a single time, as in Eq. 10"""
     baseline: bool = True
     """subtract eps in Eq. 15, which reduces the variance of its gradient"""
     q_grad_norm: Literal["none", "rms", "l2"] | None = None
@@ -71,14 +71,14 @@ class Args:
     """steps between evaluations (0: never)"""
     eval_episodes: int = 20
     """episodes per evaluation and replica"""
-    eval_workers: int = os.cpu_count()
+    eval_workers: int = cpu_count()
     """number of processes that evaluate"""
     eval_env: Literal["fixed", "data"] = "fixed"
     """in mazes: start and goal of the data set's evaluation environment (if it has one), or those of the data"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto uses CUDA if there is a GPU"""
     graph: bool = True
-    """on CUDA, record the update as one CUDA graph"""
+    """on CUDA, record the update as one CUDA graph, which is faster"""
     compile: bool = False
     """compile the update with torch.compile"""
     amp: bool = False
@@ -100,7 +100,7 @@ class Args:
 STAGE = "actor"
 METRICS = ("losses/actor_loss", "values/q_mean", "values/q_grad_norm")
 FILES = ("actor.*", "eval.json", "latency.json", "trajectories.json")  # of a run, moved aside by the next
-MAY_CHANGE = """args info out_dir run_name graph resume checkpoint_every track wandb_project_name wandb_entity
+MAY_CHANGE = """out_dir run_name graph resume checkpoint_every track wandb_project_name wandb_entity
 critic behavior eval_every eval_episodes eval_workers""".split()  # on --resume; sources stands for critic and behavior
 BETAS = {  # Table 2
     "walker2d": {"medium-expert": 0.1, "medium": 0.05, "medium-replay": 0.5},
@@ -176,8 +176,8 @@ class BehaviorModel(nn.Module):
 
     def forward(self, a_t, s, t):
         phase = 2 * torch.pi * self.W * t  # [R, B, 32]
-        time = self.time(torch.cat([phase.sin(), phase.cos()], dim=-1))
-        x = self.first(torch.cat([a_t, s, time], dim=-1))
+        embedding = self.time(torch.cat([phase.sin(), phase.cos()], dim=-1))
+        x = self.first(torch.cat([a_t, s, embedding], dim=-1))
         for block in self.blocks:
             x = x + block(x)
         output = self.last(F.mish(x))
@@ -259,14 +259,14 @@ def capture(update):
 def evaluation_info(info):
     """From Minari's entries for the data: the environments, and the outcomes that score 0 and 100."""
     data, fixed = (json.loads(info["minari"].get(name, "null")) for name in ("env_spec", "eval_env_spec"))
-    umaze = data | {"kwargs": data["kwargs"] | {"maze_map": UMAZE}}
-    maps = [(spec or umaze)["kwargs"].get("maze_map", ()) for spec in (data, fixed, umaze)]
+    fixed = fixed or data
+    maps = data["kwargs"].get("maze_map", ()), fixed["kwargs"].get("maze_map", ()), UMAZE
     walls, fixed_walls, u_walls = ([[cell == 1 for cell in row] for row in maze_map] for maze_map in maps)
-    if walls == u_walls != fixed_walls:  # Minari's evaluation maze has other walls than its data
-        fixed = umaze
-    limit = min(x["max_episode_steps"] or info["longest_episode"] for x in (data, fixed or data))
+    if walls == u_walls and fixed_walls != u_walls:  # Minari's evaluation maze has other walls than its data
+        fixed = data | {"kwargs": data["kwargs"] | {"maze_map": UMAZE}}
+    limit = min(spec["max_episode_steps"] or info["longest_episode"] for spec in (data, fixed))
     environments = {}
-    for where, spec in (("data", data), ("fixed", fixed or data)):
+    for where, spec in (("data", data), ("fixed", fixed)):
         spec["kwargs"].pop("render_mode", None)
         wrappers = spec.get("additional_wrappers", [])
         ours = [x for x in wrappers if x["name"] in WRAPPERS and x["kwargs"] is not None]
@@ -285,7 +285,7 @@ def make_env(spec, info):
     for package in ("gymnasium_robotics", "d4rl_antmaze", "ogbench"):  # which register their environments
         if spec["id"] not in gym.registry and importlib.util.find_spec(package):
             importlib.import_module(package)
-    entry = gym.registry[spec["id"]]  # gym.make would import what stands before a colon
+    entry = gym.registry[spec["id"]]  # not by gym.make, which imports a module that an id "module:name" names
     with tempfile.TemporaryDirectory() as folder, mock.patch("tempfile.tempdir", folder):  # mazes leave files there
         env = gym.make(entry, spec["max_episode_steps"], disable_env_checker=True, **spec["kwargs"])
     for wrapper in spec["wrappers"]:
@@ -334,7 +334,7 @@ def load(path, device="cpu"):
             raise ValueError("checksum")  # torch.load compares none
         return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:
-        sys.exit(f"error: {path} is missing or unusable ({e!r:.200}): run the stage that writes it")
+        sys.exit(f"error: {path} is missing or unusable ({e!r:.200}): run the stage that writes it, without --resume")
 
 
 def open_run(folder, about, model, optimizer, device):
@@ -349,25 +349,26 @@ def open_run(folder, about, model, optimizer, device):
         print(f"{folder} cannot be locked ({e}): do not start this command twice at once")
     saved = [path for path in (folder / f"{STAGE}.ckpt", folder / f"{STAGE}.pt") if path.exists()]
     if not saved or not about["args"]["resume"]:
-        for old in [path for pattern in FILES for path in folder.glob(pattern)]:
+        for old in [path for pattern in FILES for path in folder.glob(pattern) if path.suffix != ".tmp"]:
             date = time.strftime(f"%Y%m%d-%H%M%S-{old.stat().st_mtime_ns % 10**9}", time.localtime(old.stat().st_mtime))
             print(f"{old} of an earlier run is renamed to {old.rename(old.with_stem(f'{old.stem}-{date}'))}")
         return 0
     state = load(saved[0], device)
-    then, now = ({**x, **x.get("args", {}), **x.get("info", {})} for x in (state, about))
-    for name, value in now.items():
-        if name not in MAY_CHANGE and (was := then.get(name)) != value:
-            sys.exit(f"error: {saved[0]} has {name} = {was!s:.99}, not {value!s:.99}: --resume needs the same")
+    then, now = state.get("args", {}) | state.get("info", {}), about["args"] | about["info"]
+    for name, new in now.items():
+        if name not in MAY_CHANGE and then.get(name) != new:
+            sys.exit(f"error: {saved[0]} has {name} = {then.get(name)!s:.99}, not {new!s:.99}: --resume needs the same")
     if "optimizer" not in state:
         print(f"{saved[0]} is finished, nothing to resume")
         sys.exit()
     model.load_state_dict(state["weights"])
     optimizer.load_state_dict(state["optimizer"])
     (torch.cuda if device == "cuda" else torch).set_rng_state(state["rng"].cpu())
-    with open(folder / f"{STAGE}.jsonl", "a") as log:
-        if log.tell() < state["log"]:
-            print(f"{log.name} lacks lines of steps up to {state['step']:,}: it goes on without them")
-        log.truncate(min(log.tell(), state["log"]))  # drops what was logged after the checkpoint
+    log = folder / f"{STAGE}.jsonl"
+    logged = log.read_bytes()[: state["log"]] if log.exists() else b""  # without what came after the checkpoint
+    if len(logged) < state["log"]:
+        print(f"{log} lacks lines of steps up to {state['step']:,}: it goes on without them")
+    log.write_bytes(logged[: logged.rfind(b"\n") + 1])  # whole lines
     return state["step"]
 
 
@@ -388,7 +389,7 @@ if __name__ == "__main__":
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
     device = args.device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = True  # faster products, of 10 bits' precision
     if not 0.001 <= args.t_range[0] <= args.t_range[1] <= 1:
         sys.exit(f"error: --t-range {args.t_range}: must be two times from 0.001 to 1, the smaller first")
     folder = Path(args.out_dir, args.run_name or args.env.replace("/", "-"))
@@ -462,7 +463,7 @@ if __name__ == "__main__":
         update()
         if step % args.log_every and step < args.steps:
             continue
-        n = step % args.log_every or args.log_every
+        n = step % args.log_every or args.log_every  # steps since the last log line
         metrics = dict(zip(METRICS, (window / n).tolist()))
         window.zero_()
         finite = torch.stack([x.reshape(R, -1).isfinite().all(dim=1) for x in policy.state_dict().values()]).all(dim=0)

@@ -39,13 +39,13 @@ class Args:
     env: str
     """D4RL task name (hopper-medium, antmaze-umaze, ...) or id of a Minari data set"""
     dataset: str | None = None
-    """train on these data instead: Minari ids joined with +"""
+    """train on other data than the task's: Minari ids joined with +"""
     run_name: str | None = None
     """files are written to <out-dir>/<run-name> (default: the task's name)"""
     out_dir: str = "runs"
     """folder of all runs"""
     seed: int = 0
-    """first seed; seeds that train at once share one random generator: none equals a run of its seed alone"""
+    """first seed; seeds that train at once share one random generator, so no result is that of its seed alone"""
     num_seeds: int = 1
     """number of seeds that train at once: seed, seed + 1, ...; one replica each"""
     steps: int = 2_000_000
@@ -57,7 +57,7 @@ class Args:
     lr_decay: bool = False
     """cosine decay of the learning rate to 0 at the last step; helps short runs"""
     predict: Literal["eps", "v"] = "eps"
-    """network's output: eps as in the paper, or, for short runs, v = alpha eps - sigma a, trained on the error in a"""
+    """what the network predicts: eps (the paper), or v = alpha eps - sigma a, trained on the error in a (short runs)"""
     dropout: bool = True
     """dropout of 0.1 in the network, as in the paper; short runs are better without"""
     normalize_obs: tyro.conf.DisallowNone[bool | None] = None
@@ -65,7 +65,7 @@ class Args:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto uses CUDA if there is a GPU"""
     graph: bool = True
-    """on CUDA, record the update as one CUDA graph"""
+    """on CUDA, record the update as one CUDA graph, which is faster"""
     compile: bool = False
     """compile the update with torch.compile"""
     amp: bool = False
@@ -88,7 +88,7 @@ STAGE = "behavior"
 METRICS = ("losses/behavior_loss",)
 BETA_0, BETA_1 = 0.1, 20.0  # of the noise schedule
 FILES = ("behavior.*",)  # of a run, moved aside by the next
-MAY_CHANGE = "args info out_dir run_name graph resume checkpoint_every track wandb_project_name wandb_entity".split()
+MAY_CHANGE = "out_dir run_name graph resume checkpoint_every track wandb_project_name wandb_entity".split()
 
 
 def minari_ids(env):
@@ -111,7 +111,7 @@ def open_dataset(id):
         if not Path(path, "data").exists():
             hosting.download_dataset(id)
         if not {"observation_space", "action_space"} <= json.loads(Path(path, "data/metadata.json").read_text()).keys():
-            raise ValueError("it names no spaces")  # Minari would make its environment, and so run code that it names
+            raise ValueError("it names no spaces")  # Minari would make the environment that it names: foreign code
         dataset = minari.load_dataset(id)
         dataset[0]  # reads the file
         return dataset
@@ -151,19 +151,19 @@ def load_dataset(env, dataset, normalize_obs, device):
     maze = spec is not None and "maze" in spec.id.lower()
     data = np.empty((sum(d.storage.total_steps for d in sets), 2 * S + A + 2), np.float32)
     episodes, N, clipped, cut = [], 0, 0, 0
-    parts = [(d, part) for d in sets for part in np.array_split(d.episode_indices, 50)]  # bounds HDF5's cache
-    for i, ep in enumerate(x for d, part in parts for x in d.iterate_episodes(part)):
+    recorded = (ep for d in sets for part in np.array_split(d.episode_indices, 50) for ep in d.iterate_episodes(part))
+    for i, ep in enumerate(recorded):  # in 50 parts: HDF5 would cache the whole set
         obs, rows, terminal, T = ep.observations, flatten(space, ep.observations), ep.terminations, len(ep)
-        if len(rows) == T > 1:  # the last action has no next observation
+        if len(rows) == T and not terminal[-1]:  # the last action has no next observation, and needs one
             T, cut = T - 1, cut + 1
-        if maze and isinstance(obs, dict):  # with goals, recorded beyond success, which here terminates
+        if maze and isinstance(obs, dict) and "achieved_goal" in obs:  # recorded beyond success, which here terminates
             terminal = np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1)[1:] <= 0.45
             T = int(terminal.argmax()) + 1 if terminal.any() else T
         action = np.clip(ep.actions[:T], low, high)  # as simulators do
         clipped += (action != ep.actions[:T]).any(axis=1).sum()
         action = 2 * (action - low) / np.maximum(high - low, 1e-9) - 1  # -1 if the bounds are equal
-        columns = rows[:T], action, ep.rewards[:T], rows[1 : T + 1], terminal[:T]
-        fits = {len(x) for x in columns} == {T} and ep.rewards.size == len(ep)
+        columns = rows[:T], action, ep.rewards[:T], np.append(rows[1:], rows[-1:], axis=0)[:T], terminal[:T]
+        fits = {len(x) for x in columns} == {T} and ep.rewards.size == len(ep) and T > 0
         block = np.column_stack([np.float32(x) for x in columns]) if fits else np.nan
         if not np.isfinite(block).all():
             sys.exit(f"error: episode {i} of {source} has missing or not finite values, or several rewards per step")
@@ -239,8 +239,8 @@ class BehaviorModel(nn.Module):
 
     def forward(self, a_t, s, t):
         phase = 2 * torch.pi * self.W * t  # [R, B, 32]
-        time = self.time(torch.cat([phase.sin(), phase.cos()], dim=-1))
-        x = self.first(torch.cat([a_t, s, time], dim=-1))
+        embedding = self.time(torch.cat([phase.sin(), phase.cos()], dim=-1))
+        x = self.first(torch.cat([a_t, s, embedding], dim=-1))
         for block in self.blocks:
             x = x + block(x)
         output = self.last(F.mish(x))
@@ -302,7 +302,7 @@ def load(path, device="cpu"):
             raise ValueError("checksum")  # torch.load compares none
         return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:
-        sys.exit(f"error: {path} is missing or unusable ({e!r:.200}): run the stage that writes it")
+        sys.exit(f"error: {path} is missing or unusable ({e!r:.200}): run the stage that writes it, without --resume")
 
 
 def open_run(folder, about, model, optimizer, device):
@@ -317,25 +317,26 @@ def open_run(folder, about, model, optimizer, device):
         print(f"{folder} cannot be locked ({e}): do not start this command twice at once")
     saved = [path for path in (folder / f"{STAGE}.ckpt", folder / f"{STAGE}.pt") if path.exists()]
     if not saved or not about["args"]["resume"]:
-        for old in [path for pattern in FILES for path in folder.glob(pattern)]:
+        for old in [path for pattern in FILES for path in folder.glob(pattern) if path.suffix != ".tmp"]:
             date = time.strftime(f"%Y%m%d-%H%M%S-{old.stat().st_mtime_ns % 10**9}", time.localtime(old.stat().st_mtime))
             print(f"{old} of an earlier run is renamed to {old.rename(old.with_stem(f'{old.stem}-{date}'))}")
         return 0
     state = load(saved[0], device)
-    then, now = ({**x, **x.get("args", {}), **x.get("info", {})} for x in (state, about))
-    for name, value in now.items():
-        if name not in MAY_CHANGE and (was := then.get(name)) != value:
-            sys.exit(f"error: {saved[0]} has {name} = {was!s:.99}, not {value!s:.99}: --resume needs the same")
+    then, now = state.get("args", {}) | state.get("info", {}), about["args"] | about["info"]
+    for name, new in now.items():
+        if name not in MAY_CHANGE and then.get(name) != new:
+            sys.exit(f"error: {saved[0]} has {name} = {then.get(name)!s:.99}, not {new!s:.99}: --resume needs the same")
     if "optimizer" not in state:
         print(f"{saved[0]} is finished, nothing to resume")
         sys.exit()
     model.load_state_dict(state["weights"])
     optimizer.load_state_dict(state["optimizer"])
     (torch.cuda if device == "cuda" else torch).set_rng_state(state["rng"].cpu())
-    with open(folder / f"{STAGE}.jsonl", "a") as log:
-        if log.tell() < state["log"]:
-            print(f"{log.name} lacks lines of steps up to {state['step']:,}: it goes on without them")
-        log.truncate(min(log.tell(), state["log"]))  # drops what was logged after the checkpoint
+    log = folder / f"{STAGE}.jsonl"
+    logged = log.read_bytes()[: state["log"]] if log.exists() else b""  # without what came after the checkpoint
+    if len(logged) < state["log"]:
+        print(f"{log} lacks lines of steps up to {state['step']:,}: it goes on without them")
+    log.write_bytes(logged[: logged.rfind(b"\n") + 1])  # whole lines
     return state["step"]
 
 
@@ -347,7 +348,7 @@ if __name__ == "__main__":
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but PyTorch finds no CUDA device: use --device cpu or install a CUDA build")
     device = args.device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = True  # faster products, of 10 bits' precision
     data, info = load_dataset(args.env, args.dataset, args.normalize_obs, device)
     folder = Path(args.out_dir, args.run_name or args.env.replace("/", "-"))
     torch.manual_seed(args.seed)
@@ -382,7 +383,7 @@ if __name__ == "__main__":
         update()
         if step % args.log_every and step < args.steps:
             continue
-        n = step % args.log_every or args.log_every
+        n = step % args.log_every or args.log_every  # steps since the last log line
         metrics = dict(zip(METRICS, (window / n).tolist()))
         window.zero_()
         finite = torch.stack([x.reshape(R, -1).isfinite().all(dim=1) for x in model.state_dict().values()]).all(dim=0)

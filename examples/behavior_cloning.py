@@ -7,9 +7,12 @@ It minimises the squared error of the action, on the CPU. The run's actor.pt say
 rate (which decays to 0 as the actor's) and seeds, its behavior.pt the data.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")  # some network file systems have no locks
 
 import torch
 import tyro

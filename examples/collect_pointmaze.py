@@ -12,11 +12,15 @@ import collections
 import contextlib
 import io
 import multiprocessing
+import os
 import shutil
+import signal
 import sys
 import time
 import warnings
 from dataclasses import dataclass
+
+os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")  # some network file systems have no locks
 
 import gymnasium as gym
 import minari
@@ -110,6 +114,7 @@ def record_episodes(seeds):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C
     if args.dataset in minari.list_local_datasets():
         print(f"{args.dataset} is there already; `minari delete {args.dataset}` removes it")
         sys.exit(0)

@@ -12,12 +12,16 @@ import contextlib
 import importlib
 import io
 import itertools
+import os
 import re
 import shutil
+import signal
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")  # some network file systems have no locks
 
 import gymnasium as gym
 import h5py
@@ -79,9 +83,10 @@ def download(task, folder, url):
             h5py.File(part).close()  # refuses half a file
             part.rename(path)
         except Exception as e:  # of network, HTTP, disk or HDF5
-            part.unlink(missing_ok=True)
             remedy = f"download it elsewhere and run `python examples/import_d4rl.py {path.name}`"
             sys.exit(f"error: {address} cannot be downloaded ({e!r:.200}): {remedy}")
+        finally:
+            part.unlink(missing_ok=True)
     return path
 
 
@@ -97,8 +102,21 @@ def name_of(text):
     return found and (found[1], found[2].replace("_", "-"), found[3] or "v0")
 
 
+def is_there(id):
+    """Whether a set is there and whole. Half a set, of an import that was killed, is removed."""
+    path = get_dataset_path(id)
+    try:
+        if minari.load_dataset(id).total_steps > 0:
+            return True
+    except Exception:  # what half a set makes Minari raise
+        shutil.rmtree(path, ignore_errors=True)
+    return path.exists()
+
+
 def read(path):
     """The file's columns: observations [N, S], actions [N, A]; rewards, terminals and timeouts [N]."""
+    if not path.exists():
+        sys.exit(f"error: {path} is no file, and no task: those that are downloaded are named as hopper-medium-v2")
     try:
         with h5py.File(path) as file:
             if missing := [name for name in COLUMNS if name not in file]:
@@ -161,7 +179,7 @@ def import_file(path, id):
         sys.exit(f"error: --id {id}: must be like D4RL/hopper/medium-v2")
     if id.startswith("D4RL/antmaze/") and id.endswith("-v1"):
         sys.exit(f"error: {id} is the name of Minari's own set: name the new set with --id")
-    if get_dataset_path(id).exists():
+    if is_there(id):
         sys.exit(f"error: data set {id} exists already: run `minari delete {id}`, or give another --id")
 
     buffers = split(obs, action, *rest, goes_on=domain == "antmaze")
@@ -195,13 +213,14 @@ def import_file(path, id):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    if args.id and len(args.sources) > 1:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C
+    if args.id and (len(args.sources) > 1 or args.sources == ("all",)):
         sys.exit("error: --id names one set: give one file")
     table_1 = [task for task in FILES if not re.fullmatch(r"\w+-expert-v2", task)]
     for source in table_1 if args.sources == ("all",) else args.sources:
         if source not in FILES:
             import_file(Path(source), args.id)
-        elif get_dataset_path(args.id or minari_ids(source)[0]).exists():
+        elif is_there(args.id or minari_ids(source)[0]):
             print(f"{source} is there already; `minari delete {args.id or minari_ids(source)[0]}` removes it")
         else:
             import_file(download(source, args.folder, args.url), args.id)

@@ -10,11 +10,15 @@ by the success rate, and its rewards are used as they are.
 """
 
 import itertools
+import os
 import shutil
+import signal
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")  # some network file systems have no locks
 
 import gymnasium as gym
 import minari
@@ -45,6 +49,7 @@ def split(obs, action, next_obs, reward, mask, last):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C
     try:
         import ogbench
         from ogbench.relabel_utils import relabel_dataset

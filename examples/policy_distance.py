@@ -8,7 +8,6 @@ actions, of the samples, and of the sample that IDQL would take. --episodes N al
 policy. --times T ... also prints the score term of Eq. 15 at that mean for each time: near 0 if the model is exact.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from joblib import cpu_count
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -118,6 +118,6 @@ if __name__ == "__main__":
         environment = info["environments"][flags["eval_env"]]
         make = partial(make_mean_act, samples=args.samples, steps=args.sampler_steps)
         test = range(1_000_000, 1_000_000 + args.episodes)  # eval.py's
-        result = evaluate(make, list(weights.values()), info, environment, test, os.cpu_count())
+        result = evaluate(make, list(weights.values()), info, environment, test, cpu_count())
         for seed, score in zip(networks, result["eval/score"]):
             print(f"seed {seed}: the mean of {args.samples} samples as a policy has score {score:.1f}")

@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, columns, run, run_here
+from conftest import ROOT, columns, prepared, run, run_here
 from gymnasium.utils.env_checker import check_env
 from minari.dataset._storages.hdf5_storage import HDF5Storage
 from minari.storage import get_dataset_path
@@ -415,10 +416,43 @@ def test_ctrl_c_leaves_nothing_of_a_download(server, own_root, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", half)
     with pytest.raises(KeyboardInterrupt):
         run_here(IMPORT, "hopper-medium-v2", "--folder", "kept")
-    assert [path.name for path in Path("kept").iterdir()] in ([], ["hopper_medium-v2.part"])  # no whole file's name
+    assert not list(Path("kept").iterdir())
+
+
+def test_what_is_neither_a_file_nor_a_task(own_root):
+    for source in ("hopper-medium", "nothing.hdf5"):
+        with pytest.raises(SystemExit, match=f"error: {source} is no file, and no task: .* named as hopper-medium-v2"):
+            run_here(IMPORT, source)
+    for sources in (("all",), ("hopper-medium-v2", "walker2d-medium-v2")):
+        with pytest.raises(SystemExit, match="error: --id names one set: give one file"):
+            run_here(IMPORT, *sources, "--id", "mine/x-v0")
 
 
 # ---- half a set
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_import_is_begun_anew(number, own_root):
+    """It removes its half set, or, if it cannot, the next import does."""
+    path = write_antmaze("antmaze-umaze-v2.hdf5")
+    code = f"""
+import h5py, os
+whole, calls = h5py.Group.create_group, []
+def create_group(self, *args, **options):
+    calls.append(args)
+    if len(calls) == 3:  # the third of four episodes
+        os.kill(os.getpid(), {int(number)})
+    return whole(self, *args, **options)
+h5py.Group.create_group = create_group
+"""
+    done = subprocess.run(prepared(code, IMPORT, path), capture_output=True, text=True)
+    assert done.returncode != 0
+    set_path = get_dataset_path("D4RL/antmaze/umaze-v2")
+    assert set_path.exists() == (number == signal.SIGKILL)
+    run_here(IMPORT, path)
+    assert srpo_critic.load_dataset("antmaze-umaze-v2", None, None, "cpu")[1]["fingerprint"][0] == 36
+    with pytest.raises(SystemExit, match="exists already"):
+        run_here(IMPORT, path)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])

@@ -136,16 +136,19 @@ def test_actions_outside_the_bounds_are_clipped_and_counted(data_root, capsys):
 
 
 def test_an_episode_without_its_last_observation_loses_its_last_transition(data_root, capsys):
-    """As some public sets have it; the other episodes stay whole."""
+    """As some public sets have it, unless it terminates: then nothing depends on what follows."""
     episodes = random_recording()
-    for i in (0, 2):  # of five steps, of which the last terminates, and of seven
+    for i in (0, 3):  # of five steps, of which the last terminates, and of thirty
         episodes[i] = dataclasses.replace(episodes[i], observations=episodes[i].observations[:-1])
     create("test/short-v0", episodes, observation_space=BOX, action_space=ACTION)
     data, info = load_dataset("test/short-v0", None, False, "cpu")
-    assert "41 transitions, 0 actions clipped, 2 steps without next state cut" in capsys.readouterr().out
-    np.testing.assert_allclose(data["obs"], np.concatenate([e.observations[:-1] for e in episodes]), rtol=1e-6)
-    np.testing.assert_allclose(data["next_obs"], np.concatenate([e.observations[1:] for e in episodes]), rtol=1e-6)
-    assert info["fingerprint"][0] == 4 + 1 + 6 + 30 and not data["terminal"].any()
+    assert "42 transitions, 0 actions clipped, 1 steps without next state cut" in capsys.readouterr().out
+    obs = [episodes[0].observations, *(e.observations[:-1] for e in episodes[1:])]
+    np.testing.assert_allclose(data["obs"], np.concatenate(obs), rtol=1e-6)
+    following = [e.observations[1:] for e in episodes]
+    following[0] = np.concatenate([following[0], episodes[0].observations[-1:]])  # some state, which is not used
+    np.testing.assert_allclose(data["next_obs"], np.concatenate(following), rtol=1e-6)
+    assert info["fingerprint"][0] == 5 + 1 + 7 + 29 and data["terminal"].nonzero().flatten().tolist() == [4, 12]
 
 
 def test_actions_of_integers_are_scaled_without_overflow(data_root):

@@ -81,7 +81,8 @@ def called(tmp_path, *command, **env):
     folder = tmp_path / "bin"
     folder.mkdir(exist_ok=True)
     calls = tmp_path / "calls"
-    for name, line in {"python": f'echo "$WANDB_RUN_ID$@" >> {calls}', "srun": 'shift; exec "$@"'}.items():
+    python = f'[ "$1" = -c ] && exec {sys.executable} "$@"\necho "$WANDB_RUN_ID$@" >> {calls}'
+    for name, line in {"python": python, "srun": 'shift; exec "$@"'}.items():
         (folder / name).write_text(f"#!/bin/sh\n{line}\n")
         (folder / name).chmod(0o755)
     calls.write_text("")
@@ -143,11 +144,12 @@ def staged(tmp_path):
     project.mkdir()
     folder.mkdir()
     shutil.copy(ROOT / "run.sh", project)
-    (folder / "python").write_text('#!/bin/bash\necho "$1" >> calls\n. "./$1.does"\n')
+    lines = f'[ "$1" = -c ] && exec {sys.executable} "$@"', 'echo "$@" >> calls', '. "./$1.does"'
+    (folder / "python").write_text("\n".join(["#!/bin/bash", *lines]) + "\n")
     (folder / "python").chmod(0o755)
     for script in ("srpo_critic.py", "srpo_behavior.py", "srpo_actor.py", "eval.py"):
         name = script.removesuffix(".py").removeprefix("srpo_")
-        (project / f"{script}.does").write_text(f"sleep 0.01; touch runs/x/{name}.pt")
+        (project / f"{script}.does").write_text(f"sleep 0.01; mkdir -p runs/x; touch runs/x/{name}.pt")
 
     def start(*flags):
         env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
@@ -161,34 +163,46 @@ def staged(tmp_path):
 def test_a_second_run_sh_is_refused_while_the_first_one_lives(stage, staged):
     """In whichever stage it is; when it has ended, also by a kill of all of it, the next one runs."""
     project, start = staged
-    (project / f"{stage}.py.does").write_text("touch runs/x/began; exec sleep 60")
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        first = start("x")
-        while not (project / "runs/x/began").exists():
-            assert first.poll() is None
+    (project / f"{stage}.py.does").write_text('echo "$@" >> lasts; exec sleep 60')
+
+    def reached(process, flags=""):
+        while f"{stage}.py --env x{flags}\n" not in (project / "lasts").read_text().splitlines(keepends=True):
+            assert process.poll() is None
             time.sleep(0.02)
+
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        (project / "lasts").write_text("")
+        first = start("x")
+        reached(first)
         before = (project / "calls").read_text()
         second = start("x", "--steps", "3")
         said = "error: runs/x is being trained or scored: wait until that ends, or give another --run-name\n"
         assert second.communicate(timeout=20) == ("", said) and second.returncode == 1
-        other = start("x", "--run-name", "y")  # reaches the stage that lasts, too
-        time.sleep(0.3)
+        assert (project / "calls").read_text() == before
+        other = start("x", "--run-name", "y")
+        reached(other, " --run-name y")
         os.killpg(other.pid, signal.SIGKILL)
-        assert (project / "calls").read_text().startswith(before)
         os.killpg(first.pid, number)
         first.wait()
-        (project / "runs/x/began").unlink()
     (project / f"{stage}.py.does").write_text("")
     assert start("x").wait(timeout=20) == 0
 
 
-def test_run_sh_is_refused_while_a_stage_of_the_run_lives(staged):
+def called_scripts(project):
+    """Since the last call."""
+    calls = [line.split()[0] for line in (project / "calls").read_text().splitlines()]
+    (project / "calls").unlink()
+    return calls
+
+
+@pytest.mark.parametrize("name", ["x", "x[1]"])
+def test_run_sh_is_refused_while_a_stage_of_the_run_lives(name, staged):
     """A stage that was started by hand."""
     project, start = staged
-    (project / "runs/x").mkdir(parents=True)
-    with FileLock(project / "runs/x/.behavior.lock"):
-        assert start("x").wait(timeout=20) == 1
-    assert not (project / "calls").exists() and start("x").wait(timeout=20) == 0
+    (project / "runs" / name).mkdir(parents=True)
+    with FileLock(project / "runs" / name / ".behavior.lock"):
+        assert start("x", "--run-name", name).wait(timeout=20) == 1
+    assert not (project / "calls").exists() and start("x", "--run-name", name).wait(timeout=20) == 0
 
 
 def test_run_sh_scores_the_policies_of_a_run_whose_evaluations_failed(staged):
@@ -196,11 +210,11 @@ def test_run_sh_scores_the_policies_of_a_run_whose_evaluations_failed(staged):
     project, start = staged
     scripts = ["srpo_critic.py", "srpo_behavior.py", "srpo_actor.py", "eval.py"]
     (project / "srpo_actor.py.does").write_text("sleep 0.01; touch runs/x/actor.pt; exit 1")
-    assert start("x").wait(timeout=20) == 1 and (project / "calls").read_text().split() == scripts
-    (project / "calls").unlink()
+    assert start("x").wait(timeout=20) == 1 and called_scripts(project) == scripts
+    for script in scripts[:3]:
+        (project / f"{script}.does").write_text("")  # --resume, say: nothing is written anew
     (project / "srpo_actor.py.does").write_text("exit 1")  # actor.pt is of the run before
-    assert start("x").wait(timeout=20) == 1 and (project / "calls").read_text().split() == scripts[:3]
-    (project / "calls").unlink()
+    assert start("x").wait(timeout=20) == 1 and called_scripts(project) == scripts[:3]
     (project / "srpo_actor.py.does").write_text("sleep 0.01; touch runs/x/actor.pt")
     (project / "eval.py.does").write_text("exit 3")
     assert start("x").wait(timeout=20) == 3

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import textwrap
 import types
 from pathlib import Path
 
@@ -337,8 +338,75 @@ def test_scores_of_another_actor_or_version_are_not_mixed(run_of_one):
         assert json.loads(path.read_text()) == other
     with pytest.raises(SystemExit, match="eval.json is of an earlier version: move it away and run eval.py again"):
         run_here("plot.py", "--run", folder)
+    path.write_text(json.dumps(content)[:-9])  # as a full disk may leave it
+    with pytest.raises(SystemExit, match="is of another actor, or of an earlier version: move it away"):
+        score("--episodes", 1)
     path.unlink()
     assert score("--episodes", 1)["policies"] == content["policies"]
+
+
+def test_rows_that_another_call_writes_meanwhile_are_kept(run_of_one, monkeypatch):
+    folder, score = run_of_one
+    score("--episodes", 1)
+    meanwhile = json.loads((folder / "eval.json").read_text())
+    meanwhile["policies"] += [row | {"episodes": 99} for row in meanwhile["policies"]]
+
+    def write(*args, **kwargs):
+        (folder / "eval.json").write_text(json.dumps(meanwhile))
+        return evaluate(*args, **kwargs)
+
+    code = (ROOT / "eval.py").read_text()
+    evaluate = srpo_eval.evaluate
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--env", "test/pendulum-v0", "--workers", "1", "--episodes", "2"])
+    main = code.partition('if __name__ == "__main__":\n')[2]
+    exec(compile(textwrap.dedent(main), "eval.py", "exec"), vars(srpo_eval) | {"evaluate": write})
+    episodes = [row["episodes"] for row in json.loads((folder / "eval.json").read_text())["policies"]]
+    assert sorted(episodes) == [1] * 4 + [2] * 4 + [99] * 4
+
+
+def test_one_of_several_scores_with_the_same_episodes_is_drawn():
+    """The last: of 5 and 15 denoising steps, of other first episodes."""
+    rows = [row | {"first_episode": 0} for row in SUMMARY] + [SUMMARY[-1] | {"sampler_steps": 5, "score_mean": 9.0}]
+    rows.append(SUMMARY[0] | {"first_episode": 7, "score_mean": 8.0})
+    Path("eval.json").write_text(json.dumps(SCORES | {"summary": rows}))
+    (content,) = plot.read_scores(Path("eval.json")).values()
+    found = {(row["policy"], row["candidates"], row["beta"]): row["score_mean"] for row in content["summary"]}
+    assert len(found) == len(content["summary"]) == 5
+    assert found["behavior", 1, None] == 9 and found["srpo", None, 0.5] == 8 and found["srpo", None, 0.1] == 50
+
+
+def test_ways_in_a_maze_are_added_or_replaced(data_root):
+    """Those of the same actor, environment and episodes."""
+    import gymnasium_robotics
+
+    gym.register_envs(gymnasium_robotics)
+    env = gym.make("PointMaze_UMaze-v3", max_episode_steps=5, continuing_task=True, reset_target=False)
+    create("test/ways-v0", random_episodes(env, 2, 5), env=env)
+    flags = ("--env", "test/ways-v0", "--steps", 1, "--batch-size", 4)
+
+    def ways(*more):
+        run_here("eval.py", *flags[:2], "--episodes", 2, "--workers", 1, "--sampler-steps", 2, *more)
+        content = json.loads(Path("runs/test-ways-v0/trajectories.json").read_text())
+        return [(way["policy"], way["eval_env"], way["first_episode"]) for way in content["ways"]]
+
+    for stage in ("critic", "behavior"):
+        run_here(f"srpo_{stage}.py", *flags)
+    run_here("srpo_actor.py", *flags, "--eval-every", 0)
+    srpo, behavior = ("srpo", "fixed", 1_000_000), ("behavior", "fixed", 1_000_000)
+    assert ways() == [srpo] * 2 and ways("--policy", "behavior") == [srpo] * 2 + [behavior] * 2
+    assert ways() == [behavior] * 2 + [srpo] * 2
+    assert ways("--first-episode", 0) == [("srpo", "fixed", 0)] * 2
+    assert ways("--eval-env", "data", "--first-episode", 0) == [("srpo", "data", 0)] * 2
+
+
+def test_scores_are_saved_before_weights_and_biases_fails(run_of_one):
+    folder, _ = run_of_one
+    env = {"HOME": str(folder), "NETRC": str(folder / "none"), "WANDB_API_KEY": "", "WANDB_MODE": "online"}
+    flags = ("--env", "test/pendulum-v0", "--episodes", 2, "--workers", 1, "--track")
+    done = run("eval.py", *flags, check=False, **env)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: W&B cannot log: ")]
+    assert len(json.loads((folder / "eval.json").read_text())["policies"]) == 4
 
 
 def test_final_scores_in_weights_and_biases(run_of_one, tmp_path):
@@ -504,6 +572,7 @@ def write_scores(folder, env, data, **scores):
     summary = [
         {"policy": name.partition("_")[0], "beta": beta, "score_mean": mean, "score_std": std, "seeds": 3}
         | {"eval_env": "data" if name.endswith("_data") else "fixed", "episodes": 100}
+        | {"candidates": name if name.startswith("idql") else None}
         for name, (beta, mean, std) in scores.items()
     ]
     folder.mkdir(parents=True)
