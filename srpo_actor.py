@@ -393,12 +393,12 @@ if __name__ == "__main__":
     if not 0.001 <= args.t_range[0] <= args.t_range[1] <= 1:
         sys.exit(f"error: --t-range {args.t_range}: must be two times from 0.001 to 1, the smaller first")
     folder = Path(args.out_dir, args.run_name or args.env.replace("/", "-"))
-    artifacts, sources, wanted = {}, {}, {"format": 5, "env": args.env}
+    artifacts, sources, wanted = {}, {}, {"stage": "", "optimizer": None, "format": 5, "env": args.env}
     for stage in ("critic", "behavior"):
         path = getattr(args, stage) or folder / f"{stage}.pt"
         artifacts[stage] = load(path)
         found = artifacts[stage] | artifacts[stage].get("info", {})
-        wanted |= {"stage": stage, "optimizer": None}  # only a checkpoint has an optimizer
+        wanted["stage"] = stage  # and no optimizer, which a checkpoint has
         for name, value in wanted.items():
             if (was := found.get(name)) != value:
                 sys.exit(f"error: {path} has {name} = {was!s:.99}, not {value!s:.99}: run srpo_{stage}.py again")

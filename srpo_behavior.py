@@ -113,7 +113,7 @@ def open_dataset(id):
         if not {"observation_space", "action_space"} <= json.loads(Path(path, "data/metadata.json").read_text()).keys():
             raise ValueError("it names no spaces")  # Minari would make the environment that it names: foreign code
         dataset = minari.load_dataset(id)
-        dataset[0]  # reads the file
+        assert dataset.storage.total_steps and dataset[0], "half of a set"  # reads the file
         return dataset
     except Exception as e:
         remedy = f": run `{command}`, or do so elsewhere and copy it to {path}"

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import io
 import itertools
+import json
 import os
 import re
 import shutil
@@ -103,13 +104,11 @@ def name_of(text):
 
 
 def is_there(id):
-    """Whether a set is there and whole. Half a set, of an import that was killed, is removed."""
+    """Whether a set is there. What a killed import left, whose steps Minari has not counted yet, is removed."""
     path = get_dataset_path(id)
-    try:
-        if minari.load_dataset(id).total_steps > 0:
-            return True
-    except Exception:  # what half a set makes Minari raise
-        shutil.rmtree(path, ignore_errors=True)
+    metadata = path / "data" / "metadata.json"
+    if path.exists() and not (metadata.exists() and json.loads(metadata.read_text()).get("total_steps")):
+        shutil.rmtree(path)
     return path.exists()
 
 

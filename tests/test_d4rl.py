@@ -449,6 +449,8 @@ h5py.Group.create_group = create_group
     assert done.returncode != 0
     set_path = get_dataset_path("D4RL/antmaze/umaze-v2")
     assert set_path.exists() == (number == signal.SIGKILL)
+    with pytest.raises(SystemExit, match="error: no complete data set D4RL/antmaze/umaze-v2"):
+        srpo_critic.load_dataset("antmaze-umaze-v2", None, None, "cpu")
     run_here(IMPORT, path)
     assert srpo_critic.load_dataset("antmaze-umaze-v2", None, None, "cpu")[1]["fingerprint"][0] == 36
     with pytest.raises(SystemExit, match="exists already"):
