@@ -20,7 +20,7 @@ from minari.data_collector import EpisodeBuffer
 from minari.storage import hosting
 
 ROOT = Path(__file__).parent.parent
-signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and `&` ignore it, which processes would inherit
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it, which processes inherit
 
 
 def episode(observations, actions, rewards, terminated=False):
