@@ -27,7 +27,7 @@ class Args:
 
 
 def gather(folders):
-    """What the network predicts -> rows of (samples, SRPO's mean score, its standard deviation); the last eval.json, in its first environment."""
+    """What the network predicts -> rows of (samples, SRPO's mean score, its standard deviation); the last eval.json."""
     lines, scores = {}, {}
     for folder in folders:
         path = load_artifact(folder / "actor.pt", "actor")["args"]["behavior"] or folder / "behavior.pt"
