@@ -69,6 +69,7 @@ def test_recorded_steps_of_d4rl_are_reproduced():
     assert (largest_errors(env) < limits).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*A Box observation space")  # as of every MuJoCo environment, it has no bounds
 @pytest.mark.parametrize("task", TASKS)
 def test_an_environment_is_as_gymnasium_wants_it(task):
     env = gym.make(task)
