@@ -104,8 +104,8 @@ def minari_ids(env):
 
 def open_dataset(id):
     """A Minari data set, downloaded if it is missing. Exits with one line if it cannot be had."""
-    path, d4rl = get_dataset_path(id), re.match("D4RL/(halfcheetah|hopper|walker2d|antmaze)/.*-v2", id)
-    command = f"python examples/import_d4rl.py {id[5:].replace('/', '-')}" if d4rl else f"minari download {id} --force"
+    path, d4rl = get_dataset_path(id), re.match("D4RL/((halfcheetah|hopper|walker2d|antmaze)/.*-v2)", id)
+    command = f"python examples/import_d4rl.py {d4rl[1].replace('/', '-')}" if d4rl else f"minari download {id} --force"
     try:
         if not Path(path, "data").exists():
             hosting.download_dataset(id)
