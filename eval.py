@@ -50,7 +50,7 @@ class Args:
     episodes: int = 100
     """episodes per replica (0: none)"""
     first_episode: int = 1_000_000
-    """environment seed of the first episode; training evaluates in 0, 1, ..., so these are others"""
+    """environment seed of the first episode; training uses 0, 1, ..., which the default avoids"""
     workers: int = cpu_count()
     """number of processes that evaluate"""
     eval_env: Literal["fixed", "data"] | None = None
@@ -267,7 +267,7 @@ def load(path, device="cpu"):
             raise ValueError("checksum")  # torch.load compares none
         return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:
-        sys.exit(f"error: {path} is missing or unusable ({e!r:.200}): run the stage that writes it, without --resume")
+        sys.exit(f"error: {path} is missing or unusable ({e!r:.200}): run the stage that writes it (without --resume)")
 
 
 def checksum(artifact):
@@ -321,12 +321,14 @@ def load_policy(path, replica=0):
     """A saved policy as act(obs) -> action, for one raw observation of the environment or a batch of them.
 
     replica: which of the artifact's seeds and betas, in the order of eval.py's table.
-    Raises ValueError if there is no such artifact.
+    Raises ValueError if there is no such artifact or replica.
     """
     try:
         artifact = load_artifact(path, "actor")
     except SystemExit as e:
-        raise ValueError(e.code) from None  # here the caller decides
+        raise ValueError(e.code.removeprefix("error: ")) from None  # here the caller decides
+    if not 0 <= replica < len(artifact["seeds"]):
+        raise ValueError(f"{path} has {len(artifact['seeds'])} replicas: there is no replica {replica}")
     policy = make_act([x[replica].numpy() for x in artifact["weights"].values()], artifact["info"])
     space = deserialize_space(artifact["info"]["observation_space"])
 

@@ -9,6 +9,10 @@ cd "$(dirname "$0")"
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 # glibc keeps freed memory: saves page faults
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} # idle threads stop spinning sooner, which helps beside other jobs
 
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n 's/^# //p' run.sh
+    exit
+fi
 critic="" behavior="" actor="" # a recipe's flags, which those of the command line override
 if (($# == 0)); then
     python examples/collect_pointmaze.py

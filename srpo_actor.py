@@ -334,7 +334,7 @@ def load(path, device="cpu"):
             raise ValueError("checksum")  # torch.load compares none
         return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:
-        sys.exit(f"error: {path} is missing or unusable ({e!r:.200}): run the stage that writes it, without --resume")
+        sys.exit(f"error: {path} is missing or unusable ({e!r:.200}): run the stage that writes it (without --resume)")
 
 
 def open_run(folder, about, model, optimizer, device):

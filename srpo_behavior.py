@@ -45,7 +45,7 @@ class Args:
     out_dir: str = "runs"
     """folder of all runs"""
     seed: int = 0
-    """first seed; seeds that train at once share one random generator, so no result is that of its seed alone"""
+    """first seed; seeds that train at once share one random generator: seed 1 beside seed 0 is not seed 1 alone"""
     num_seeds: int = 1
     """number of seeds that train at once: seed, seed + 1, ...; one replica each"""
     steps: int = 2_000_000
@@ -57,7 +57,7 @@ class Args:
     lr_decay: bool = False
     """cosine decay of the learning rate to 0 at the last step; helps short runs"""
     predict: Literal["eps", "v"] = "eps"
-    """what the network predicts: eps (the paper), or v = alpha eps - sigma a, trained on the error in a (short runs)"""
+    """what the network predicts: eps (the paper), or v = alpha eps - sigma a, trained on the error in a"""
     dropout: bool = True
     """dropout of 0.1 in the network, as in the paper; short runs are better without"""
     normalize_obs: tyro.conf.DisallowNone[bool | None] = None
@@ -108,7 +108,7 @@ def open_dataset(id):
     path, d4rl = get_dataset_path(id), re.match("D4RL/((halfcheetah|hopper|walker2d|antmaze)/.*-v2)", id)
     command = f"python examples/import_d4rl.py {d4rl[1].replace('/', '-')}" if d4rl else f"minari download {id} --force"
     try:
-        if not Path(path, "data").exists():
+        if not Path(path, "data").exists() and not d4rl:  # Minari's server has none of D4RL's
             hosting.download_dataset(id)
         if not {"observation_space", "action_space"} <= json.loads(Path(path, "data/metadata.json").read_text()).keys():
             raise ValueError("it names no spaces")  # Minari would make the environment that it names: foreign code
@@ -302,7 +302,7 @@ def load(path, device="cpu"):
             raise ValueError("checksum")  # torch.load compares none
         return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:
-        sys.exit(f"error: {path} is missing or unusable ({e!r:.200}): run the stage that writes it, without --resume")
+        sys.exit(f"error: {path} is missing or unusable ({e!r:.200}): run the stage that writes it (without --resume)")
 
 
 def open_run(folder, about, model, optimizer, device):

@@ -115,7 +115,7 @@ def is_there(id):
 def read(path):
     """The file's columns: observations [N, S], actions [N, A]; rewards, terminals and timeouts [N]."""
     if not path.exists():
-        sys.exit(f"error: {path} is no file, and no task: those that are downloaded are named as hopper-medium-v2")
+        sys.exit(f"error: {path} is neither a file nor a task that can be downloaded, such as hopper-medium-v2")
     try:
         with h5py.File(path) as file:
             if missing := [name for name in COLUMNS if name not in file]:
@@ -192,7 +192,7 @@ def import_file(path, id):
             sys.exit(f"error: {path} has columns of other shapes than {robot}'s: give a file of D4RL")
     if domain == "antmaze" and version != "v2":
         print(f"{path.name} is an older version: its rewards and terminals are those of the recording, where v2's were")
-        print("computed anew for the one goal that is evaluated; without a reward there is nothing to learn")
+        print("computed anew for the one goal that is evaluated; a file without any reward cannot be learned from")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # Minari would like an author and a link to the code
@@ -213,6 +213,8 @@ def import_file(path, id):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C
+    if not args.sources:
+        sys.exit("error: name tasks, files, or all: --help lists them")
     if args.id and (len(args.sources) > 1 or args.sources == ("all",)):
         sys.exit("error: --id names one set: give one file")
     table_1 = [task for task in FILES if not re.fullmatch(r"\w+-expert-v2", task)]

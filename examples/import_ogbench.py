@@ -68,7 +68,10 @@ if __name__ == "__main__":
         sys.exit(f"error: OGBench has no environment for {args.name} ({e})")
     if args.file is None:  # the file has the name without the task
         original = "-".join([*parts[: parts.index("singletask")], parts[-1]])
-        ogbench.download_datasets([original])
+        try:
+            ogbench.download_datasets([original])
+        except OSError as e:  # of network or disk
+            sys.exit(f"error: {original} cannot be downloaded ({e!r:.200}): give its file as a second argument")
         args.file = Path("~/.ogbench/data").expanduser() / f"{original}.npz"
     try:
         data = ogbench.load_dataset(args.file, add_info=True)

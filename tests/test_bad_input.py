@@ -229,7 +229,7 @@ def test_bad_input_d4rl_file_that_is_none(name):
     elif name == "half":
         d4rl_file("x.hdf5")
         Path("x.hdf5").write_bytes(Path("x.hdf5").read_bytes()[:2000])
-    message = "x.hdf5 is no file, and no task" if name == "nothing" else "x.hdf5 cannot be read as HDF5 ("
+    message = "x.hdf5 is neither a file nor a task" if name == "nothing" else "x.hdf5 cannot be read as HDF5 ("
     refused(message, IMPORT, "x.hdf5")
 
 

@@ -422,8 +422,12 @@ def test_ctrl_c_leaves_nothing_of_a_download(server, own_root, monkeypatch):
 
 def test_what_is_neither_a_file_nor_a_task(own_root):
     for source in ("hopper-medium", "nothing.hdf5"):
-        with pytest.raises(SystemExit, match=f"error: {source} is no file, and no task: .* named as hopper-medium-v2"):
+        with pytest.raises(
+            SystemExit, match=f"error: {source} is neither a file nor a task .* such as hopper-medium-v2"
+        ):
             run_here(IMPORT, source)
+    with pytest.raises(SystemExit, match="error: name tasks, files, or all"):
+        run_here(IMPORT)
     for sources in (("all",), ("hopper-medium-v2", "walker2d-medium-v2")):
         with pytest.raises(SystemExit, match="error: --id names one set: give one file"):
             run_here(IMPORT, *sources, "--id", "mine/x-v0")

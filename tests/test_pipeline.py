@@ -577,6 +577,14 @@ def test_a_policy_acts_the_same_on_data_in_other_units(data_root, tmp_path):
     np.testing.assert_allclose(two(obs[0] * scale + offset), one(obs)[0], atol=0.02 * one(obs).std())
 
 
+def test_load_policy_names_what_is_missing(trained):
+    for replica in (-1, 4):
+        with pytest.raises(ValueError, match=f"actor.pt has 4 replicas: there is no replica {replica}"):
+            srpo_eval.load_policy(trained / "actor.pt", replica)
+    with pytest.raises(ValueError, match="^nothing.pt is missing or unusable"):
+        srpo_eval.load_policy("nothing.pt")
+
+
 def test_load_policy_takes_raw_observations_one_or_a_batch(data_root, tmp_path):
     """Of nested dictionaries with a discrete part too; against a forward pass on numbers put together by hand."""
     space = spaces.Dict(
