@@ -419,7 +419,8 @@ if __name__ == "__main__":
     folder = Path(args.out_dir, args.run_name or args.env.replace("/", "-"))
     artifact = load_artifact(folder / "actor.pt", "actor")
     info, seeds, betas = artifact["info"], artifact["seeds"], artifact["betas"]
-    read_rows(folder / "eval.json", checksum(artifact), "policies")  # refuses another actor's before it plays
+    actor = checksum(artifact)
+    read_rows(folder / "eval.json", actor, "policies")  # refuses another actor's before it plays
     if info["environments"] is None:
         sys.exit(f"error: the data set of {args.env} has no environment to evaluate in")
     args.eval_env = args.eval_env or artifact["args"]["eval_env"]
@@ -475,9 +476,9 @@ if __name__ == "__main__":
 
     if rows:
         content = {"env": info["env"], "data_score": 100 * (info["data_outcome"] - low) / (high - low)}
-        content |= {"steps": artifact["args"]["steps"], "actor": checksum(artifact)}
+        content |= {"steps": artifact["args"]["steps"], "actor": actor}
         scored = {tuple(row[name] for name in COLUMNS) for row in rows}
-        earlier = read_rows(folder / "eval.json", checksum(artifact), "policies")  # as it is now
+        earlier = read_rows(folder / "eval.json", actor, "policies")  # as it is now
         table = [row for row in earlier if tuple(row[name] for name in COLUMNS) not in scored] + rows
         save("eval", content | {"policies": table, "summary": summarize(table)})
     if ways:
@@ -485,11 +486,11 @@ if __name__ == "__main__":
         walls = np.argwhere([[cell == 1 for cell in row] for row in maze.maze_map])
         content = {"cell": maze.maze_size_scaling, "walls": [maze.cell_rowcol_to_xy(cell).tolist() for cell in walls]}
         new = [row | way for (row, _), way in zip(ways, traces)]
-        drawn = {tuple(way[name] for name in ("policy", "candidates")) for way in new}
-        old = read_rows(folder / "trajectories.json", checksum(artifact), "ways")
+        drawn = {(way["policy"], way["candidates"]) for way in new}
+        old = read_rows(folder / "trajectories.json", actor, "ways")
         old = [way for way in old if (way["policy"], way["candidates"]) not in drawn]
         same = [way for way in old if all(way[x] == new[0][x] for x in ("eval_env", "first_episode"))]
-        save("trajectories", content | {"actor": checksum(artifact), "ways": same + new})
+        save("trajectories", content | {"actor": actor, "ways": same + new})
     if args.video:
         jobs = []
         for name, candidates, make, replicas in policies:
