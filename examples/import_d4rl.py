@@ -5,7 +5,8 @@
 
 A set has the transitions of D4RL's own qlearning_dataset: the next row is the next observation, so a step that ends in
 a time-out is dropped, and so is the last row of the file. Returns are therefore those of the steps that are kept.
-AntMaze's rewards and terminals are the file's; an episode goes on after a terminal step, so it has several of them.
+AntMaze's rewards and terminals are the file's; an episode goes on after a terminal step, so it has several of them
+(--until-success leaves out what follows the first one).
 """
 
 import contextlib
@@ -47,6 +48,8 @@ class Args:
     """Minari id of the new set (default: by the file's name, D4RL/hopper/medium-v2)"""
     folder: Path = Path("~/.d4rl/datasets").expanduser()
     """where downloaded files are kept, as by D4RL; what is there is not downloaded again"""
+    until_success: bool = False
+    """in AntMaze, leave out the steps after an episode's first success, which no evaluation reaches"""
     url: str = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
     """where D4RL's files are"""
 
@@ -129,15 +132,18 @@ def read(path):
     return obs, action, reward, terminal > 0, timeout > 0
 
 
-def split(obs, action, reward, terminal, timeout, goes_on=False):
+def split(obs, action, reward, terminal, timeout, goes_on=False, until_success=False):
     """The steps that have a next row, as one EpisodeBuffer of T steps and T + 1 observations per episode.
 
-    goes_on: whether an episode goes on after a terminal step, up to its time-out.
+    goes_on: whether the file's episodes go on after a terminal step, up to their time-out.
+    until_success: whether what follows the first terminal step is left out.
     """
     timeout, buffers = np.append(timeout[:-1], True)[: len(obs)], []  # the last row has no next one
     last_rows = timeout if goes_on else terminal | timeout
     for start, end in itertools.pairwise([0, *(np.flatnonzero(last_rows) + 1)]):
         T = end - start - timeout[end - 1]
+        if until_success and terminal[start : start + T].any():
+            T = terminal[start : start + T].argmax() + 1
         last, stop = np.arange(1, T + 1) == T, start + T
         ended = {"terminations": terminal[start:stop], "truncations": last & ~terminal[start:stop]}
         columns = {"observations": obs[start : stop + 1], "actions": action[start:stop], "rewards": reward[start:stop]}
@@ -162,7 +168,7 @@ def describe(domain, level, obs, action):
     return about
 
 
-def import_file(path, id):
+def import_file(path, id, until_success):
     """Makes the Minari set of a file (id None: named by the file), and prints how to train on it."""
     obs, action, *rest = read(path)
     names = [name for name in (name_of(path.name), name_of(id or "")) if name]
@@ -181,7 +187,7 @@ def import_file(path, id):
     if is_there(id):
         sys.exit(f"error: data set {id} exists already: run `minari delete {id}`, or give another --id")
 
-    buffers = split(obs, action, *rest, goes_on=domain == "antmaze")
+    buffers = split(obs, action, *rest, domain == "antmaze", until_success)
     if not buffers:
         sys.exit(f"error: {path} is empty: give a file with transitions in it")
     about = describe(domain, level, obs, action)
@@ -220,8 +226,8 @@ if __name__ == "__main__":
     table_1 = [task for task in FILES if not re.fullmatch(r"\w+-expert-v2", task)]
     for source in table_1 if args.sources == ("all",) else args.sources:
         if source not in FILES:
-            import_file(Path(source), args.id)
+            import_file(Path(source), args.id, args.until_success)
         elif is_there(args.id or minari_ids(source)[0]):
             print(f"{source} is there already; `minari delete {args.id or minari_ids(source)[0]}` removes it")
         else:
-            import_file(download(source, args.folder, args.url), args.id)
+            import_file(download(source, args.folder, args.url), args.id, args.until_success)

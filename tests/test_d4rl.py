@@ -70,6 +70,21 @@ def test_recorded_steps_of_d4rl_are_reproduced():
 
 
 @pytest.mark.filterwarnings("ignore:.*A Box observation space")  # as of every MuJoCo environment, it has no bounds
+def test_until_success_leaves_out_what_follows_it(own_root, capsys):
+    """One of the episodes reaches the goal twice, and one stays at it."""
+    path = write_antmaze(UMAZE_FILE)
+    run_here(IMPORT, path, "--until-success")
+    assert capsys.readouterr().out.startswith("D4RL/antmaze/umaze-v2: 4 episodes, 23 transitions;")
+    kept = [*range(9), *range(10, 14), *range(20, 29), 30]
+    with h5py.File(path) as file:
+        obs, action, reward = (file[key][:] for key in ("observations", "actions", "rewards"))
+    data, info = columns(*srpo_critic.load_dataset("antmaze-umaze-v2", None, None, "cpu"))
+    for key, expected in ("obs", obs[kept]), ("action", action[kept]), ("next_obs", obs[[i + 1 for i in kept]]):
+        np.testing.assert_allclose(data[key], expected, atol=1e-6)
+    assert data["terminal"].nonzero().flatten().tolist() == [12, 21, 22] and info["data_outcome"] == 0.75
+    assert data["reward"].flatten().tolist() == (data["terminal"].flatten() - 1).tolist()
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_an_environment_is_as_gymnasium_wants_it(task):
     env = gym.make(task)
