@@ -22,15 +22,16 @@ if (($# == 0)); then
     actor="--steps 3000 --batch-size 128 --lr 1e-3 --beta 0.1 --eval-every 1000"
 elif [[ $1 == --small ]]; then
     shift
-    steps=20000 betas="0.002 0.01 0.05 0.2" horizon=""
+    behavior_steps=20000 actor_steps=20000 betas="0.002 0.01 0.05 0.2" horizon="" gradient=""
     if [[ ${1:-} == *antmaze* ]]; then
-        steps=30000 betas="0.01 0.02 0.05"
+        behavior_steps=30000 actor_steps=15000 betas="0.04 0.1"
         horizon="--gamma 0.997 --tau 0.05" # the goal is hundreds of steps away
+        gradient="--q-grad-norm none"      # large only where the action matters
     fi
     both="--num-seeds 3 --lr 1e-3 --lr-decay --normalize-obs"
     critic="$both --steps 60000 $horizon"
-    behavior="$both --steps $steps --batch-size 128 --predict v --no-dropout"
-    actor="--steps 20000 --batch-size 128 --lr 1e-3 --beta $betas --eval-every 10000"
+    behavior="$both --steps $behavior_steps --batch-size 128 --predict v --no-dropout"
+    actor="--steps $actor_steps --batch-size 128 --lr 1e-3 --beta $betas $gradient --eval-every 10000"
     EVAL="--policy srpo behavior ${EVAL:-}"
 fi
 

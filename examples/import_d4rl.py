@@ -5,8 +5,8 @@
 
 A set has the transitions of D4RL's own qlearning_dataset: the next row is the next observation, so a step that ends in
 a time-out is dropped, and so is the last row of the file. Returns are therefore those of the steps that are kept.
-AntMaze's rewards and terminals are the file's; an episode goes on after a terminal step, so it has several of them
-(--until-success leaves out what follows the first one).
+AntMaze's rewards and terminals are the file's; an episode goes on after a terminal step, so it has several of them.
+--until-success leaves out what follows the first one; the set has the same id.
 """
 
 import contextlib
@@ -49,12 +49,13 @@ class Args:
     folder: Path = Path("~/.d4rl/datasets").expanduser()
     """where downloaded files are kept, as by D4RL; what is there is not downloaded again"""
     until_success: bool = False
-    """in AntMaze, leave out the steps after an episode's first success, which no evaluation reaches"""
+    """in AntMaze, leave out the steps after an episode's first success; helps short trainings"""
     url: str = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
     """where D4RL's files are"""
 
 
 COLUMNS = ("observations", "actions", "rewards", "terminals", "timeouts")
+UNTIL_SUCCESS = ", up to each episode's first success"  # in a set's description
 LEVELS = ("medium", "medium-expert", "medium-replay", "expert")
 FILES = {  # task -> D4RL's file
     f"{robot}-{level}-v2": f"gym_mujoco_v2/{robot}_{level.replace('-', '_')}-v2.hdf5"
@@ -187,7 +188,7 @@ def import_file(path, id, until_success):
     if is_there(id):
         sys.exit(f"error: data set {id} exists already: run `minari delete {id}`, or give another --id")
 
-    buffers = split(obs, action, *rest, domain == "antmaze", until_success)
+    buffers = split(obs, action, *rest, goes_on=domain == "antmaze", until_success=until_success)
     if not buffers:
         sys.exit(f"error: {path} is empty: give a file with transitions in it")
     about = describe(domain, level, obs, action)
@@ -199,10 +200,11 @@ def import_file(path, id, until_success):
     if domain == "antmaze" and version != "v2":
         print(f"{path.name} is an older version: its rewards and terminals are those of the recording, where v2's were")
         print("computed anew for the one goal that is evaluated; a file without any reward cannot be learned from")
+    description = f"made from D4RL's {path.name}" + UNTIL_SUCCESS * (until_success and domain == "antmaze")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # Minari would like an author and a link to the code
-            minari.create_dataset_from_buffers(id, buffers, description=f"made from D4RL's {path.name}", **about)
+            minari.create_dataset_from_buffers(id, buffers, description=description, **about)
     except BaseException as e:  # also Ctrl-C
         shutil.rmtree(get_dataset_path(id), ignore_errors=True)  # half a set must not look like a whole one
         sys.exit(f"error: {id} was not written ({e!r:.200}): start again")
@@ -227,7 +229,12 @@ if __name__ == "__main__":
     for source in table_1 if args.sources == ("all",) else args.sources:
         if source not in FILES:
             import_file(Path(source), args.id, args.until_success)
-        elif is_there(args.id or minari_ids(source)[0]):
-            print(f"{source} is there already; `minari delete {args.id or minari_ids(source)[0]}` removes it")
+        elif is_there(id := args.id or minari_ids(source)[0]):
+            metadata = json.loads((get_dataset_path(id) / "data" / "metadata.json").read_text())
+            until_success = metadata.get("description", "").endswith(UNTIL_SUCCESS)
+            if source.startswith("antmaze") and until_success != args.until_success:
+                kind = "up to the first success" if until_success else "with the steps after success"
+                sys.exit(f"error: {id} is there already, {kind}: run `minari delete {id}` to import it otherwise")
+            print(f"{source} is there already; `minari delete {id}` removes it")
         else:
             import_file(download(source, args.folder, args.url), args.id, args.until_success)

@@ -70,21 +70,6 @@ def test_recorded_steps_of_d4rl_are_reproduced():
 
 
 @pytest.mark.filterwarnings("ignore:.*A Box observation space")  # as of every MuJoCo environment, it has no bounds
-def test_until_success_leaves_out_what_follows_it(own_root, capsys):
-    """One of the episodes reaches the goal twice, and one stays at it."""
-    path = write_antmaze(UMAZE_FILE)
-    run_here(IMPORT, path, "--until-success")
-    assert capsys.readouterr().out.startswith("D4RL/antmaze/umaze-v2: 4 episodes, 23 transitions;")
-    kept = [*range(9), *range(10, 14), *range(20, 29), 30]
-    with h5py.File(path) as file:
-        obs, action, reward = (file[key][:] for key in ("observations", "actions", "rewards"))
-    data, info = columns(*srpo_critic.load_dataset("antmaze-umaze-v2", None, None, "cpu"))
-    for key, expected in ("obs", obs[kept]), ("action", action[kept]), ("next_obs", obs[[i + 1 for i in kept]]):
-        np.testing.assert_allclose(data[key], expected, atol=1e-6)
-    assert data["terminal"].nonzero().flatten().tolist() == [12, 21, 22] and info["data_outcome"] == 0.75
-    assert data["reward"].flatten().tolist() == (data["terminal"].flatten() - 1).tolist()
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_an_environment_is_as_gymnasium_wants_it(task):
     env = gym.make(task)
@@ -228,6 +213,21 @@ def test_states_actions_and_rewards_are_what_the_released_code_trains_on(name, o
         assert (environment["id"], environment["max_episode_steps"]) == ("antmaze-umaze-v2", 700)
 
 
+def test_until_success_leaves_out_what_follows_it(own_root, capsys):
+    """One of the episodes reaches the goal twice, and one stays at it."""
+    path = write_antmaze(UMAZE_FILE)
+    run_here(IMPORT, path, "--until-success")
+    assert capsys.readouterr().out.startswith("D4RL/antmaze/umaze-v2: 4 episodes, 23 transitions;")
+    kept = [*range(9), *range(10, 14), *range(20, 29), 30]
+    with h5py.File(path) as file:
+        obs, action, reward = (file[key][:] for key in ("observations", "actions", "rewards"))
+    data, _ = columns(*srpo_critic.load_dataset("antmaze-umaze-v2", None, None, "cpu"))
+    for key, expected in ("obs", obs[kept]), ("action", action[kept]), ("next_obs", obs[[i + 1 for i in kept]]):
+        np.testing.assert_allclose(data[key], expected, atol=1e-6)
+    assert data["terminal"].nonzero().flatten().tolist() == [12, 21, 22]
+    assert data["reward"].flatten().tolist() == (data["terminal"].flatten() - 1).tolist()
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_every_file_has_its_task(task, own_root, capsys):
     from examples.import_d4rl import FILES, name_of
@@ -360,9 +360,12 @@ def server(tmp_path_factory):
 def test_a_task_is_downloaded_once(server, own_root, capsys):
     url, asked = server
     flags = ("antmaze-umaze-v2", "--folder", "kept", "--url", url)
-    for _ in range(2):
-        run_here(IMPORT, *flags)
-        assert srpo_critic.load_dataset("antmaze-umaze-v2", None, None, "cpu")[1]["fingerprint"][0] == 36
+    for more, steps in ((), 36), (["--until-success"], 23):
+        run_here(IMPORT, *flags, *more)
+        assert srpo_critic.load_dataset("antmaze-umaze-v2", None, None, "cpu")[1]["fingerprint"][0] == steps
+        run_here(IMPORT, *flags, *more)  # is there already
+        with pytest.raises(SystemExit, match="is there already, (up to the first|with the steps after) success"):
+            run_here(IMPORT, *flags, *([] if more else ["--until-success"]))
         shutil.rmtree(get_dataset_path("D4RL/antmaze/umaze-v2"))
     assert asked == [f"/ant_maze_v2/{UMAZE_FILE}"]
     out = capsys.readouterr().out
