@@ -24,7 +24,7 @@ elif [[ $1 == --small ]]; then
     shift
     behavior_steps=20000 actor_steps=20000 betas="0.002 0.01 0.05 0.2" horizon="" gradient=""
     if [[ ${1:-} == *antmaze* ]]; then
-        behavior_steps=30000 actor_steps=15000 betas="0.04 0.1"
+        behavior_steps=30000 actor_steps=15000 betas="0.04 0.1" # for data imported with --until-success
         horizon="--gamma 0.997 --tau 0.05" # the goal is hundreds of steps away
         gradient="--q-grad-norm none"      # large only where the action matters
     fi
