@@ -107,11 +107,16 @@ def name_of(text):
     return found and (found[1], found[2].replace("_", "-"), found[3] or "v0")
 
 
+def read_metadata(id):
+    """What Minari says of a set; empty if there is none."""
+    path = get_dataset_path(id) / "data" / "metadata.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def is_there(id):
     """Whether a set is there. What a killed import left, whose steps Minari has not counted yet, is removed."""
     path = get_dataset_path(id)
-    metadata = path / "data" / "metadata.json"
-    if path.exists() and not (metadata.exists() and json.loads(metadata.read_text()).get("total_steps")):
+    if path.exists() and not read_metadata(id).get("total_steps"):
         shutil.rmtree(path)
     return path.exists()
 
@@ -230,8 +235,7 @@ if __name__ == "__main__":
         if source not in FILES:
             import_file(Path(source), args.id, args.until_success)
         elif is_there(id := args.id or minari_ids(source)[0]):
-            metadata = json.loads((get_dataset_path(id) / "data" / "metadata.json").read_text())
-            until_success = metadata.get("description", "").endswith(UNTIL_SUCCESS)
+            until_success = read_metadata(id).get("description", "").endswith(UNTIL_SUCCESS)
             if source.startswith("antmaze") and until_success != args.until_success:
                 kind = "up to the first success" if until_success else "with the steps after success"
                 sys.exit(f"error: {id} is there already, {kind}: run `minari delete {id}` to import it otherwise")
