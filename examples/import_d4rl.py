@@ -6,7 +6,8 @@
 A set has the transitions of D4RL's own qlearning_dataset: the next row is the next observation, so a step that ends in
 a time-out is dropped, and so is the last row of the file. Returns are therefore those of the steps that are kept.
 AntMaze's rewards and terminals are the file's; an episode goes on after a terminal step, so it has several of them.
---until-success leaves out what follows the first one; the set has the same id.
+--until-success leaves out what follows the first terminal step. In an episode without one, it leaves out what follows
+the arrival at the goal to which the recorder sent the ant (infos/goal). The set has the same id.
 """
 
 import contextlib
@@ -49,7 +50,7 @@ class Args:
     folder: Path = Path("~/.d4rl/datasets").expanduser()
     """where downloaded files are kept, as by D4RL; what is there is not downloaded again"""
     until_success: bool = False
-    """in AntMaze, leave out the steps after an episode's first success; helps short trainings"""
+    """in AntMaze, leave out the steps after an episode reached the rewarded goal, or without that its own goal"""
     url: str = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
     """where D4RL's files are"""
 
@@ -122,7 +123,10 @@ def is_there(id):
 
 
 def read(path):
-    """The file's columns: observations [N, S], actions [N, A]; rewards, terminals and timeouts [N]."""
+    """The file's columns: observations [N, S], actions [N, A]; rewards, terminals, timeouts [N]; goals [N, 2] or None.
+
+    A goal is where AntMaze's recorder sent the ant, in the diverse files seldom to the rewarded goal.
+    """
     if not path.exists():
         sys.exit(f"error: {path} is neither a file nor a task that can be downloaded, such as hopper-medium-v2")
     try:
@@ -130,26 +134,32 @@ def read(path):
             if missing := [name for name in COLUMNS if name not in file]:
                 sys.exit(f"error: {path} has no {', '.join(missing)}: give a file with {', '.join(COLUMNS)}")
             obs, action, *rest = (np.asarray(file[name][:], np.float32) for name in COLUMNS)
+            goal = file["infos/goal"][:] if "infos/goal" in file else None
     except Exception as e:  # h5py raises several types
         sys.exit(f"error: {path} cannot be read as HDF5 ({type(e).__name__}): give a file of D4RL, or a task's name")
     if not obs.ndim == action.ndim == 2 or any(len(x) != len(obs) or x.size != len(x) for x in (action[:, :1], *rest)):
         sys.exit(f"error: {path} has columns of other shapes than D4RL's: give one row per step in each")
     reward, terminal, timeout = (x.ravel() for x in rest)  # [N, 1] in older files
-    return obs, action, reward, terminal > 0, timeout > 0
+    return obs, action, reward, terminal > 0, timeout > 0, goal
 
 
-def split(obs, action, reward, terminal, timeout, goes_on=False, until_success=False):
+def split(obs, action, reward, terminal, timeout, goal, goes_on=False, until_success=False):
     """The steps that have a next row, as one EpisodeBuffer of T steps and T + 1 observations per episode.
 
     goes_on: whether the file's episodes go on after a terminal step, up to their time-out.
-    until_success: whether what follows the first terminal step is left out.
+    until_success: whether what follows the first terminal step is left out; without one, what follows the first step
+    that ends within 0.5 m of the recorder's goal.
     """
     timeout, buffers = np.append(timeout[:-1], True)[: len(obs)], []  # the last row has no next one
     last_rows = timeout if goes_on else terminal | timeout
     for start, end in itertools.pairwise([0, *(np.flatnonzero(last_rows) + 1)]):
         T = end - start - timeout[end - 1]
-        if until_success and terminal[start : start + T].any():
-            T = terminal[start : start + T].argmax() + 1
+        if until_success:
+            reached = terminal[start : start + T]
+            if goal is not None and not reached.any():
+                way = goal[start : start + T] - obs[start + 1 : start + T + 1, :2]
+                reached = np.linalg.norm(way, axis=1) <= 0.5
+            T = reached.argmax() + 1 if reached.any() else T
         last, stop = np.arange(1, T + 1) == T, start + T
         ended = {"terminations": terminal[start:stop], "truncations": last & ~terminal[start:stop]}
         columns = {"observations": obs[start : stop + 1], "actions": action[start:stop], "rewards": reward[start:stop]}

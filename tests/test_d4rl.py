@@ -187,7 +187,7 @@ def write_antmaze(path):
         f["actions"] = rng.uniform(-1, 1, (n, 8)).astype(np.float32)
         f["rewards"] = f["terminals"] = reward
         f["timeouts"] = np.arange(1, n + 1) % 10 == 0
-        f["infos/goal"] = np.ones((n, 2))
+        f["infos/goal"] = np.repeat(f["observations"][6::10, :2] + (0.3, 0.39), 10, axis=0)  # 0.492 m from the 7th row
     return path
 
 
@@ -214,17 +214,17 @@ def test_states_actions_and_rewards_are_what_the_released_code_trains_on(name, o
 
 
 def test_until_success_leaves_out_what_follows_it(own_root, capsys):
-    """One of the episodes reaches the goal twice, and one stays at it."""
+    """The first episode arrives only where its recorder sent the ant, the others at the rewarded goal, too."""
     path = write_antmaze(UMAZE_FILE)
     run_here(IMPORT, path, "--until-success")
-    assert capsys.readouterr().out.startswith("D4RL/antmaze/umaze-v2: 4 episodes, 23 transitions;")
-    kept = [*range(9), *range(10, 14), *range(20, 29), 30]
+    assert capsys.readouterr().out.startswith("D4RL/antmaze/umaze-v2: 4 episodes, 20 transitions;")
+    kept = [*range(6), *range(10, 14), *range(20, 29), 30]
     with h5py.File(path) as file:
         obs, action, reward = (file[key][:] for key in ("observations", "actions", "rewards"))
     data, _ = columns(*srpo_critic.load_dataset("antmaze-umaze-v2", None, None, "cpu"))
     for key, expected in ("obs", obs[kept]), ("action", action[kept]), ("next_obs", obs[[i + 1 for i in kept]]):
         np.testing.assert_allclose(data[key], expected, atol=1e-6)
-    assert data["terminal"].nonzero().flatten().tolist() == [12, 21, 22]
+    assert data["terminal"].nonzero().flatten().tolist() == [9, 18, 19]
     assert data["reward"].flatten().tolist() == (data["terminal"].flatten() - 1).tolist()
 
 
@@ -360,7 +360,7 @@ def server(tmp_path_factory):
 def test_a_task_is_downloaded_once(server, own_root, capsys):
     url, asked = server
     flags = ("antmaze-umaze-v2", "--folder", "kept", "--url", url)
-    for more, steps in ((), 36), (["--until-success"], 23):
+    for more, steps in ((), 36), (["--until-success"], 20):
         run_here(IMPORT, *flags, *more)
         assert srpo_critic.load_dataset("antmaze-umaze-v2", None, None, "cpu")[1]["fingerprint"][0] == steps
         run_here(IMPORT, *flags, *more)  # is there already
