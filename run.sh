@@ -22,16 +22,14 @@ if (($# == 0)); then
     actor="--steps 3000 --batch-size 128 --lr 1e-3 --beta 0.1 --eval-every 1000"
 elif [[ $1 == --small ]]; then
     shift
-    behavior_steps=20000 actor_steps=20000 betas="0.002 0.01 0.05 0.2" horizon="" gradient=""
-    if [[ ${1:-} == *antmaze* ]]; then
-        behavior_steps=30000 actor_steps=15000 betas="0.04 0.1" # for data imported with --until-success
-        horizon="--gamma 0.997 --tau 0.05" # the goal is hundreds of steps away
-        gradient="--q-grad-norm none"      # large only where the action matters
+    behavior_steps=20000 actor_steps=20000 betas="0.002 0.01 0.05 0.2" tau=0.005
+    if [[ ${1:-} == *antmaze* ]]; then # with data imported with --until-success
+        behavior_steps=30000 actor_steps=15000 betas="0.05 0.1 0.25" tau=0.02
     fi
     both="--num-seeds 3 --lr 1e-3 --lr-decay --normalize-obs"
-    critic="$both --steps 60000 $horizon"
+    critic="$both --steps 60000 --tau $tau"
     behavior="$both --steps $behavior_steps --batch-size 128 --predict v --no-dropout"
-    actor="--steps $actor_steps --batch-size 128 --lr 1e-3 --beta $betas $gradient --eval-every 10000"
+    actor="--steps $actor_steps --batch-size 128 --lr 1e-3 --beta $betas --q-grad-norm none --eval-every 10000"
     EVAL="--policy srpo behavior ${EVAL:-}"
 fi
 

@@ -128,9 +128,9 @@ def test_run_sh_hands_the_flags_on(tmp_path):
     maze = called(tmp_path, "bash", "run.sh", "--small", "antmaze-umaze")
     assert "--steps 30000 " in maze[1] and "--steps 15000 " in maze[2] and "--env antmaze-umaze" in maze[1]
     assert "--steps 20000 " in small[1] and "--steps 20000 " in small[2]
-    assert "--gamma 0.997 --tau 0.05" in maze[0] and "--gamma" not in small[0]
-    assert "--beta 0.04 0.1 " in maze[2] and "--beta 0.002 0.01 0.05 0.2 " in small[2]
-    assert "--q-grad-norm none" in maze[2] and "--q-grad-norm" not in small[2]
+    assert "--tau 0.02" in maze[0] and "--tau 0.005" in small[0]
+    assert "--beta 0.05 0.1 0.25 --q-grad-norm none " in maze[2]
+    assert "--beta 0.002 0.01 0.05 0.2 --q-grad-norm none " in small[2]
     calls = called(tmp_path, "bash", "run.sh", "hopper-medium", "--track", "--wandb-entity", "us", "--steps", "9")
     assert calls[0] == "srpo_critic.py --env hopper-medium --track --wandb-entity us --steps 9"
     assert calls[3] == "eval.py --env hopper-medium --track --wandb-entity us"  # the final scores, too
