@@ -7,7 +7,7 @@ A set has the transitions of D4RL's own qlearning_dataset: the next row is the n
 a time-out is dropped, and so is the last row of the file. Returns are therefore those of the steps that are kept.
 AntMaze's rewards and terminals are the file's; an episode goes on after a terminal step, so it has several of them.
 --until-success leaves out what follows the first terminal step. In an episode without one, it leaves out what follows
-the arrival at the goal to which the recorder sent the ant (infos/goal). The set has the same id.
+the arrival at the goal to which the recorder sent the ant (infos/goal), where it then stays. The set has the same id.
 """
 
 import contextlib
@@ -50,13 +50,13 @@ class Args:
     folder: Path = Path("~/.d4rl/datasets").expanduser()
     """where downloaded files are kept, as by D4RL; what is there is not downloaded again"""
     until_success: bool = False
-    """in AntMaze, leave out the steps after an episode reached the rewarded goal, or without that its own goal"""
+    """in AntMaze, cut each episode at its first success or, if it has none, at the goal of its recorder"""
     url: str = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
     """where D4RL's files are"""
 
 
 COLUMNS = ("observations", "actions", "rewards", "terminals", "timeouts")
-UNTIL_SUCCESS = ", up to each episode's first success"  # in a set's description
+UNTIL_SUCCESS = ", each episode up to its goal"  # in a set's description
 LEVELS = ("medium", "medium-expert", "medium-replay", "expert")
 FILES = {  # task -> D4RL's file
     f"{robot}-{level}-v2": f"gym_mujoco_v2/{robot}_{level.replace('-', '_')}-v2.hdf5"
@@ -143,7 +143,7 @@ def read(path):
     return obs, action, reward, terminal > 0, timeout > 0, goal
 
 
-def split(obs, action, reward, terminal, timeout, goal, goes_on=False, until_success=False):
+def split(obs, action, reward, terminal, timeout, goal=None, goes_on=False, until_success=False):
     """The steps that have a next row, as one EpisodeBuffer of T steps and T + 1 observations per episode.
 
     goes_on: whether the file's episodes go on after a terminal step, up to their time-out.
@@ -203,6 +203,9 @@ def import_file(path, id, until_success):
     if is_there(id):
         sys.exit(f"error: data set {id} exists already: run `minari delete {id}`, or give another --id")
 
+    until_success = until_success and domain == "antmaze"
+    if until_success and rest[-1] is not None and rest[-1].shape != (len(obs), 2):
+        sys.exit(f"error: {path} has infos/goal of another shape than D4RL's: give two coordinates per step")
     buffers = split(obs, action, *rest, goes_on=domain == "antmaze", until_success=until_success)
     if not buffers:
         sys.exit(f"error: {path} is empty: give a file with transitions in it")
@@ -215,7 +218,7 @@ def import_file(path, id, until_success):
     if domain == "antmaze" and version != "v2":
         print(f"{path.name} is an older version: its rewards and terminals are those of the recording, where v2's were")
         print("computed anew for the one goal that is evaluated; a file without any reward cannot be learned from")
-    description = f"made from D4RL's {path.name}" + UNTIL_SUCCESS * (until_success and domain == "antmaze")
+    description = f"made from D4RL's {path.name}" + UNTIL_SUCCESS * until_success
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # Minari would like an author and a link to the code
@@ -247,7 +250,7 @@ if __name__ == "__main__":
         elif is_there(id := args.id or minari_ids(source)[0]):
             until_success = read_metadata(id).get("description", "").endswith(UNTIL_SUCCESS)
             if source.startswith("antmaze") and until_success != args.until_success:
-                kind = "up to the first success" if until_success else "with the steps after success"
+                kind = "cut at success" if until_success else "with the steps after success"
                 sys.exit(f"error: {id} is there already, {kind}: run `minari delete {id}` to import it otherwise")
             print(f"{source} is there already; `minari delete {id}` removes it")
         else:

@@ -180,14 +180,16 @@ EPISODES = [  # steps whose next row is at the goal, of ten rows each
 def write_antmaze(path):
     """A file as D4RL wrote them: the tenth row of each episode is a time-out, whose next row is another episode's."""
     rng, n = np.random.default_rng(0), 10 * len(EPISODES)
+    obs = rng.normal(size=(n, 29)).astype(np.float32)
+    obs[5::10, :2] = obs[6::10, :2] + (0.3, 0.9)  # 0.51 m from the goal below, the next row 0.492 m
     reward = np.zeros(n, np.float32)
     reward[[10 * i + t for i, steps in enumerate(EPISODES) for t in steps]] = 1
     with h5py.File(path, "w") as f:
-        f["observations"] = rng.normal(size=(n, 29)).astype(np.float32)
+        f["observations"] = obs
         f["actions"] = rng.uniform(-1, 1, (n, 8)).astype(np.float32)
         f["rewards"] = f["terminals"] = reward
         f["timeouts"] = np.arange(1, n + 1) % 10 == 0
-        f["infos/goal"] = np.repeat(f["observations"][6::10, :2] + (0.3, 0.39), 10, axis=0)  # 0.492 m from the 7th row
+        f["infos/goal"] = np.repeat(obs[6::10, :2] + (0.3, 0.39), 10, axis=0)
     return path
 
 
@@ -216,6 +218,11 @@ def test_states_actions_and_rewards_are_what_the_released_code_trains_on(name, o
 def test_until_success_leaves_out_what_follows_it(own_root, capsys):
     """The first episode arrives only where its recorder sent the ant, the others at the rewarded goal, too."""
     path = write_antmaze(UMAZE_FILE)
+    with h5py.File("no-goals.hdf5", "w") as file, h5py.File(path) as source:
+        for key in ("observations", "actions", "rewards", "terminals", "timeouts"):
+            source.copy(key, file)
+    run_here(IMPORT, "no-goals.hdf5", "--id", "D4RL/antmaze/umaze-v0", "--until-success")
+    assert "D4RL/antmaze/umaze-v0: 4 episodes, 23 transitions;" in capsys.readouterr().out
     run_here(IMPORT, path, "--until-success")
     assert capsys.readouterr().out.startswith("D4RL/antmaze/umaze-v2: 4 episodes, 20 transitions;")
     kept = [*range(6), *range(10, 14), *range(20, 29), 30]
@@ -364,7 +371,7 @@ def test_a_task_is_downloaded_once(server, own_root, capsys):
         run_here(IMPORT, *flags, *more)
         assert srpo_critic.load_dataset("antmaze-umaze-v2", None, None, "cpu")[1]["fingerprint"][0] == steps
         run_here(IMPORT, *flags, *more)  # is there already
-        with pytest.raises(SystemExit, match="is there already, (up to the first|with the steps after) success"):
+        with pytest.raises(SystemExit, match="is there already, (cut at|with the steps after) success"):
             run_here(IMPORT, *flags, *([] if more else ["--until-success"]))
         shutil.rmtree(get_dataset_path("D4RL/antmaze/umaze-v2"))
     assert asked == [f"/ant_maze_v2/{UMAZE_FILE}"]
