@@ -125,7 +125,7 @@ def is_there(id):
 def read(path):
     """The file's columns: observations [N, S], actions [N, A]; rewards, terminals, timeouts [N]; goals [N, 2] or None.
 
-    A goal is where AntMaze's recorder sent the ant, in the diverse files seldom to the rewarded goal.
+    A goal is where AntMaze's recorder sent the ant. In the diverse files it is seldom the rewarded one.
     """
     if not path.exists():
         sys.exit(f"error: {path} is neither a file nor a task that can be downloaded, such as hopper-medium-v2")
@@ -159,7 +159,8 @@ def split(obs, action, reward, terminal, timeout, goal=None, goes_on=False, unti
             if goal is not None and not reached.any():
                 way = goal[start : start + T] - obs[start + 1 : start + T + 1, :2]
                 reached = np.linalg.norm(way, axis=1) <= 0.5
-            T = reached.argmax() + 1 if reached.any() else T
+            if reached.any():
+                T = reached.argmax() + 1
         last, stop = np.arange(1, T + 1) == T, start + T
         ended = {"terminations": terminal[start:stop], "truncations": last & ~terminal[start:stop]}
         columns = {"observations": obs[start : stop + 1], "actions": action[start:stop], "rewards": reward[start:stop]}
@@ -186,7 +187,7 @@ def describe(domain, level, obs, action):
 
 def import_file(path, id, until_success):
     """Makes the Minari set of a file (id None: named by the file), and prints how to train on it."""
-    obs, action, *rest = read(path)
+    obs, action, reward, terminal, timeout, goal = read(path)
     names = [name for name in (name_of(path.name), name_of(id or "")) if name]
     if not names and not id:
         sys.exit(f"error: {path} names no task of halfcheetah, hopper, walker2d or antmaze: name the new set with --id")
@@ -204,9 +205,9 @@ def import_file(path, id, until_success):
         sys.exit(f"error: data set {id} exists already: run `minari delete {id}`, or give another --id")
 
     until_success = until_success and domain == "antmaze"
-    if until_success and rest[-1] is not None and rest[-1].shape != (len(obs), 2):
+    if until_success and goal is not None and goal.shape != (len(obs), 2):
         sys.exit(f"error: {path} has infos/goal of another shape than D4RL's: give two coordinates per step")
-    buffers = split(obs, action, *rest, goes_on=domain == "antmaze", until_success=until_success)
+    buffers = split(obs, action, reward, terminal, timeout, goal, domain == "antmaze", until_success)
     if not buffers:
         sys.exit(f"error: {path} is empty: give a file with transitions in it")
     about = describe(domain, level, obs, action)

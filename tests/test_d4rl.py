@@ -233,6 +233,11 @@ def test_until_success_leaves_out_what_follows_it(own_root, capsys):
         np.testing.assert_allclose(data[key], expected, atol=1e-6)
     assert data["terminal"].nonzero().flatten().tolist() == [9, 18, 19]
     assert data["reward"].flatten().tolist() == (data["terminal"].flatten() - 1).tolist()
+    with h5py.File(path, "r+") as file:
+        del file["infos/goal"]
+        file["infos/goal"] = np.zeros((len(obs), 3))
+    with pytest.raises(SystemExit, match="infos/goal of another shape"):
+        run_here(IMPORT, path, "--id", "mine/umaze-v0", "--until-success")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -366,13 +371,13 @@ def server(tmp_path_factory):
 
 def test_a_task_is_downloaded_once(server, own_root, capsys):
     url, asked = server
-    flags = ("antmaze-umaze-v2", "--folder", "kept", "--url", url)
-    for more, steps in ((), 36), (["--until-success"], 20):
+    flags, cut = ("antmaze-umaze-v2", "--folder", "kept", "--url", url), "--until-success"
+    for more, other, steps, kind in ([], [cut], 36, "with the steps after success"), ([cut], [], 20, "cut at success"):
         run_here(IMPORT, *flags, *more)
         assert srpo_critic.load_dataset("antmaze-umaze-v2", None, None, "cpu")[1]["fingerprint"][0] == steps
         run_here(IMPORT, *flags, *more)  # is there already
-        with pytest.raises(SystemExit, match="is there already, (cut at|with the steps after) success"):
-            run_here(IMPORT, *flags, *([] if more else ["--until-success"]))
+        with pytest.raises(SystemExit, match=f"is there already, {kind}"):
+            run_here(IMPORT, *flags, *other)
         shutil.rmtree(get_dataset_path("D4RL/antmaze/umaze-v2"))
     assert asked == [f"/ant_maze_v2/{UMAZE_FILE}"]
     out = capsys.readouterr().out
