@@ -23,7 +23,7 @@ if (($# == 0)); then
 elif [[ $1 == --small ]]; then
     shift
     behavior_steps=20000 actor_steps=20000 betas="0.002 0.01 0.05 0.2" tau=0.005
-    if [[ ${1:-} == *antmaze* ]]; then # with data imported with --until-success
+    if [[ ${1:-} == *antmaze* ]]; then # D4RL's are imported with --until-success
         behavior_steps=30000 actor_steps=15000 betas="0.05 0.1 0.25" tau=0.02
     fi
     both="--num-seeds 3 --lr 1e-3 --lr-decay --normalize-obs"
