@@ -54,7 +54,7 @@ class Args:
     workers: int = cpu_count()
     """number of processes that evaluate"""
     eval_env: Literal["fixed", "data"] | None = None
-    """in mazes: start and goal of the data set's evaluation environment, or of the data (default: the actor's)"""
+    """in mazes, start and goal: fixed or data, as in srpo_actor.py (default: the actor's)"""
     video: bool = False
     """record an episode of every policy as <run>/video/*.mp4"""
     track: bool = False
@@ -213,10 +213,10 @@ def make_env(spec, info):
     """An environment with gymnasium's own wrappers, so that no code is run that a data set names."""
     gym.logger.min_level = gym.logger.ERROR  # no advice of newer versions: the data's own is needed
     sys.modules["farama_notifications"] = None  # silences a notice about other environments
-    for package in ("gymnasium_robotics", "d4rl_antmaze", "ogbench"):  # which register their environments
+    for package in ("gymnasium_robotics", "d4rl_antmaze", "ogbench"):  # they register environments: add your own
         if spec["id"] not in gym.registry and importlib.util.find_spec(package):
             importlib.import_module(package)
-    entry = gym.registry[spec["id"]]  # not by gym.make, which imports a module that an id "module:name" names
+    entry = gym.spec(spec["id"])  # gym.make itself would import a module that an id "module:name" names
     with tempfile.TemporaryDirectory() as folder, mock.patch("tempfile.tempdir", folder):  # mazes leave files there
         env = gym.make(entry, spec["max_episode_steps"], disable_env_checker=True, **spec["kwargs"])
     for wrapper in spec["wrappers"]:
@@ -445,7 +445,8 @@ if __name__ == "__main__":
     print(f"wrappers left out: {environment['left_out']};", end=" ")
     print(f"the score of the data is {100 * (info['data_outcome'] - low) / (high - low):.1f}")
     test = range(args.first_episode, args.first_episode + args.episodes)
-    maze = getattr(make_env(environment, info).unwrapped, "maze", None)  # of gymnasium-robotics: it can be drawn
+    maze = getattr(make_env(environment, info).unwrapped, "maze", None)
+    maze = maze if hasattr(maze, "cell_rowcol_to_xy") else None  # only those of gymnasium-robotics can be drawn
     rows, ways, failed = [], [], []
     for name, candidates, make, replicas in policies if test else ():
         try:
@@ -501,7 +502,7 @@ if __name__ == "__main__":
             Parallel(args.workers, max_nbytes=1000, mmap_mode="c")(jobs)
         except Exception as e:
             reason = f"{type(e).__name__}: {e}".splitlines()[0]
-            sys.exit(f"error: cannot record ({reason}): rendering needs EGL, `apt install libegl1 libgl1-mesa-dri`")
+            sys.exit(f"error: cannot record ({reason}): rendering may need `apt install libegl1 libgl1-mesa-dri`")
         print(f"saved {folder / 'video'}/*.mp4")
     if args.track:
         track(args, folder, rows)

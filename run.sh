@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # The three stages and eval.py in order.
 #   bash run.sh                              the demo: makes its own data, two to three minutes on 2 CPU cores
-#   bash run.sh hopper-medium --num-seeds 6  a task with the paper's settings, for a GPU; flags go to the stages that have them
+#   bash run.sh hopper-medium --num-seeds 6  a task with the paper's settings, for a GPU; the flags go to all stages,
+#                                            --amp, --dataset and --normalize-obs to those that have them
 #   bash run.sh --small hopper-medium        a task on a small budget, for a CPU
-# CRITIC, BEHAVIOR, ACTOR and EVAL may hold flags for one script alone: ACTOR="--beta 0.01 0.05" bash run.sh hopper-medium
+# CRITIC, BEHAVIOR, ACTOR and EVAL hold flags for one script alone: ACTOR="--beta 0.01 0.05" bash run.sh hopper-medium
+# For --small, import D4RL's AntMaze with --until-success.
 set -euo pipefail
 cd "$(dirname "$0")"
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 # glibc keeps freed memory: saves page faults
@@ -23,7 +25,7 @@ if (($# == 0)); then
 elif [[ $1 == --small ]]; then
     shift
     behavior_steps=20000 actor_steps=20000 betas="0.002 0.01 0.05 0.2" tau=0.005
-    if [[ ${1:-} == *antmaze* ]]; then # D4RL's are imported with --until-success
+    if [[ ${1:-} == *antmaze* ]]; then
         behavior_steps=30000 actor_steps=15000 betas="0.05 0.1 0.25" tau=0.02
     fi
     both="--num-seeds 3 --lr 1e-3 --lr-decay --normalize-obs"
@@ -60,7 +62,8 @@ done
 set -- ${all[@]+"${all[@]}"}
 unset WANDB_RUN_ID WANDB_SWEEP_ID WANDB_SWEEP_PARAM_PATH # each replica is a W&B run of its own, also under an agent
 mkdir -p "$out"
-exec 9> "$out/.$name.lock" # open until this shell, and all that it starts, has ended
+lock=$out/.${name//\//-}.lock
+exec 9> "$lock" # open until this shell, and all that it starts, has ended
 python -c '
 import fcntl, glob, sys
 for file in [9, *glob.glob(glob.escape(sys.argv[1]) + "/.*.lock")]: # of this script, and of the stages
@@ -70,12 +73,12 @@ for file in [9, *glob.glob(glob.escape(sys.argv[1]) + "/.*.lock")]: # of this sc
         sys.exit(f"error: {sys.argv[1]} is being trained or scored: wait until that ends, or give another --run-name")
     except OSError: # no locks in this file system
         pass' "$out/$name"
-touch "$out/.$name.lock" # its time is that of this start
+touch "$lock" # its time is that of this start
 failed=0
 python srpo_critic.py --env "$env" $critic "$@" ${data[@]+"${data[@]}"} ${CRITIC:-}
 python srpo_behavior.py --env "$env" $behavior "$@" ${data[@]+"${data[@]}"} ${model[@]+"${model[@]}"} ${BEHAVIOR:-}
 python srpo_actor.py --env "$env" $actor "$@" ${model[@]+"${model[@]}"} ${ACTOR:-} || failed=$?
-if ((failed)) && [[ ! $out/$name/actor.pt -nt $out/.$name.lock ]]; then
+if ((failed)) && [[ ! $out/$name/actor.pt -nt $lock ]]; then
     exit $failed # else only evaluations in training failed, and the policies can be scored
 fi
 python eval.py --env "$env" ${where[@]+"${where[@]}"} ${EVAL:-}

@@ -74,7 +74,7 @@ class Args:
     eval_workers: int = cpu_count()
     """number of processes that evaluate"""
     eval_env: Literal["fixed", "data"] = "fixed"
-    """in mazes: start and goal of the data set's evaluation environment (if it has one), or those of the data"""
+    """in mazes, start and goal: fixed, as in the set's evaluation environment (if it has one), or as in the data"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto uses CUDA if there is a GPU"""
     graph: bool = True
@@ -282,10 +282,10 @@ def make_env(spec, info):
     """An environment with gymnasium's own wrappers, so that no code is run that a data set names."""
     gym.logger.min_level = gym.logger.ERROR  # no advice of newer versions: the data's own is needed
     sys.modules["farama_notifications"] = None  # silences a notice about other environments
-    for package in ("gymnasium_robotics", "d4rl_antmaze", "ogbench"):  # which register their environments
+    for package in ("gymnasium_robotics", "d4rl_antmaze", "ogbench"):  # they register environments: add your own
         if spec["id"] not in gym.registry and importlib.util.find_spec(package):
             importlib.import_module(package)
-    entry = gym.registry[spec["id"]]  # not by gym.make, which imports a module that an id "module:name" names
+    entry = gym.spec(spec["id"])  # gym.make itself would import a module that an id "module:name" names
     with tempfile.TemporaryDirectory() as folder, mock.patch("tempfile.tempdir", folder):  # mazes leave files there
         env = gym.make(entry, spec["max_episode_steps"], disable_env_checker=True, **spec["kwargs"])
     for wrapper in spec["wrappers"]:
@@ -476,7 +476,7 @@ if __name__ == "__main__":
             try:
                 policies = list(zip(*(x.numpy(force=True) for x in policy.parameters())))  # of R replicas
                 metrics |= evaluate(policies, info, spec, range(args.eval_episodes), args.eval_workers)
-                title = f"{STAGE} on {device}, score {np.mean(metrics['eval/score']):.1f}"
+                title = f"{STAGE} on {device}, mean score {np.mean(metrics['eval/score']):.1f}"
                 bar.set_description(title)
             except (Exception, SystemExit) as e:
                 metrics["eval/failed"] = True

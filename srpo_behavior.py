@@ -55,11 +55,11 @@ class Args:
     lr: float = 3e-4
     """learning rate of AdamW"""
     lr_decay: bool = False
-    """cosine decay of the learning rate to 0 at the last step; helps short runs"""
+    """cosine decay of the learning rate to 0 at the last step, as in run.sh --small"""
     predict: Literal["eps", "v"] = "eps"
     """what the network predicts: eps (the paper), or v = alpha eps - sigma a, trained on the error in a"""
     dropout: bool = True
-    """dropout of 0.1 in the network, as in the paper; short runs are better without"""
+    """dropout of 0.1 in the network, as in the paper; run.sh --small turns it off"""
     normalize_obs: tyro.conf.DisallowNone[bool | None] = None
     """standardise observations (default: off for D4RL's task names, as in the paper, and on for other data)"""
     device: Literal["auto", "cuda", "cpu"] = "auto"

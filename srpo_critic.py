@@ -55,7 +55,7 @@ class Args:
     lr: float = 3e-4
     """learning rate of Adam"""
     lr_decay: bool = False
-    """cosine decay of the learning rate to 0 at the last step; helps short runs"""
+    """cosine decay of the learning rate to 0 at the last step, as in run.sh --small"""
     expectile: float | None = None
     """expectile of Eq. 11 (default: the paper's, 0.7, and 0.9 in mazes)"""
     gamma: float = 0.99

@@ -89,7 +89,7 @@ def download(task, folder, url):
             h5py.File(part).close()  # refuses half a file
             part.rename(path)
         except Exception as e:  # of network, HTTP, disk or HDF5
-            remedy = f"download it elsewhere and run `python examples/import_d4rl.py {path.name}`"
+            remedy = f"download it elsewhere, and run this command with the file {path.name} in place of {task}"
             sys.exit(f"error: {address} cannot be downloaded ({e!r:.200}): {remedy}")
         finally:
             part.unlink(missing_ok=True)

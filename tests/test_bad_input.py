@@ -291,7 +291,7 @@ def test_bad_input_environment_that_cannot_be_made(trained):
     Path("runs/cart").mkdir(parents=True)
     for id, reason in (
         ("CartPole-v1", "TypeError("),
-        ("NoSuchEnv-v1", "KeyError('NoSuchEnv-v1'"),
+        ("NoSuchEnv-v1", 'NameNotFound("Environment `NoSuchEnv`'),
     ):
         environment = {"id": id, "kwargs": {"no": 1}, "max_episode_steps": 5, "wrappers": []}
         artifact["info"]["environments"] = {"data": environment, "fixed": environment}

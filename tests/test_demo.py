@@ -197,7 +197,7 @@ def called_scripts(project):
     return calls
 
 
-@pytest.mark.parametrize("name", ["x", "x[1]"])
+@pytest.mark.parametrize("name", ["x", "x[1]", "ablation/x"])
 def test_run_sh_is_refused_while_a_stage_of_the_run_lives(name, staged):
     """A stage that was started by hand."""
     project, start = staged

@@ -522,6 +522,23 @@ def test_ways_are_the_positions_of_an_episode():
     del gym.registry["Corridor-v0"]
 
 
+def test_an_environment_whose_maze_is_of_another_kind_is_scored(data_root, monkeypatch):
+    """Only gymnasium-robotics' mazes can be drawn."""
+    monkeypatch.setattr(Corridor, "maze", np.zeros((2, 9)), raising=False)
+    gym.register("Corridor-v0", f"{__name__}:Corridor", max_episode_steps=5)
+    env = gym.make("Corridor-v0")
+    create("test/corridor-v0", random_episodes(env, 2, 5), env=env)
+    flags = ("--env", "test/corridor-v0")
+    for stage in ("critic", "behavior"):
+        run_here(f"srpo_{stage}.py", *flags, "--steps", 1, "--batch-size", 4)
+    run_here("srpo_actor.py", *flags, "--steps", 1, "--batch-size", 4, "--eval-every", 0)
+    run_here("eval.py", *flags, "--episodes", 2, "--workers", 1)
+    folder = Path("runs/test-corridor-v0")
+    assert len(json.loads((folder / "eval.json").read_text())["policies"]) == 1
+    assert not (folder / "trajectories.json").exists()
+    del gym.registry["Corridor-v0"]
+
+
 @pytest.fixture(scope="module")
 def pendulum_run(data_root, tmp_path_factory):
     """All stages on an environment that MuJoCo renders."""

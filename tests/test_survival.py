@@ -553,7 +553,7 @@ def test_bad_input_an_artifact_whose_environment_is_code(marker, trained, tmp_pa
         spec["id"] = "intruder:Env-v0"
     (tmp_path / "runs" / FOLDER).mkdir(parents=True)
     torch.save(artifact, tmp_path / "runs" / FOLDER / "actor.pt")
-    with pytest.raises(SystemExit, match=r"cannot play in intruder:Env-v0 \(KeyError"):
+    with pytest.raises(SystemExit, match=r"cannot play in intruder:Env-v0 \(NameNotFound"):
         run_here("eval.py", "--env", "test/pendulum-v0")
     assert not marker.exists() and "intruder" not in sys.modules
 
@@ -576,7 +576,7 @@ def test_bad_input_a_data_set_whose_environment_is_code(marker, data_root):
     flags = (*TINY[2:], "--steps", 5, "--env", "crafted/spaces-v0")
     run_here("srpo_critic.py", *flags)
     run_here("srpo_behavior.py", *flags)
-    with pytest.raises(SystemExit, match=r"cannot play in intruder:Env-v0 \(KeyError"):
+    with pytest.raises(SystemExit, match=r"cannot play in intruder:Env-v0 \(NameNotFound"):
         run_here("srpo_actor.py", *flags, "--eval-workers", 1)
     assert not marker.exists() and "intruder" not in sys.modules
 
