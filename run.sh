@@ -24,12 +24,13 @@ if (($# == 0)); then
     actor="--steps 3000 --batch-size 128 --lr 1e-3 --beta 0.1 --eval-every 1000"
 elif [[ $1 == --small ]]; then
     shift
-    behavior_steps=20000 actor_steps=20000 betas="0.002 0.01 0.05 0.2" tau=0.005
+    critic_steps=60000 behavior_steps=20000 actor_steps=20000 betas="0.002 0.01 0.05 0.2" tau=0.005
     if [[ ${1:-} == *antmaze* ]]; then
         behavior_steps=30000 actor_steps=15000 betas="0.05 0.1 0.25" tau=0.02
+        [[ $1 == *umaze* ]] || critic_steps=120000 # longer ways for values to propagate
     fi
     both="--num-seeds 3 --lr 1e-3 --lr-decay --normalize-obs"
-    critic="$both --steps 60000 --tau $tau"
+    critic="$both --steps $critic_steps --tau $tau"
     behavior="$both --steps $behavior_steps --batch-size 128 --predict v --no-dropout"
     actor="--steps $actor_steps --batch-size 128 --lr 1e-3 --beta $betas --q-grad-norm none --eval-every 10000"
     EVAL="--policy srpo behavior ${EVAL:-}"

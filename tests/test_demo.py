@@ -128,7 +128,8 @@ def test_run_sh_hands_the_flags_on(tmp_path):
     maze = called(tmp_path, "bash", "run.sh", "--small", "antmaze-umaze")
     assert "--steps 30000 " in maze[1] and "--steps 15000 " in maze[2] and "--env antmaze-umaze" in maze[1]
     assert "--steps 20000 " in small[1] and "--steps 20000 " in small[2]
-    assert "--tau 0.02" in maze[0] and "--tau 0.005" in small[0]
+    assert "--steps 60000 --tau 0.02" in maze[0] and "--steps 60000 --tau 0.005" in small[0]
+    assert "--steps 120000 " in called(tmp_path, "bash", "run.sh", "--small", "antmaze-large-diverse-v2")[0]
     assert "--beta 0.05 0.1 0.25 --q-grad-norm none " in maze[2]
     assert "--beta 0.002 0.01 0.05 0.2 --q-grad-norm none " in small[2]
     calls = called(tmp_path, "bash", "run.sh", "hopper-medium", "--track", "--wandb-entity", "us", "--steps", "9")
