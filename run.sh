@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The three stages and eval.py in order.
 #   bash run.sh                              the demo: makes its own data, two to three minutes on 2 CPU cores
-#   bash run.sh hopper-medium --num-seeds 6  a task with the paper's settings, for a GPU; the flags go to all stages,
-#                                            --amp, --dataset and --normalize-obs to those that have them
+#   bash run.sh hopper-medium --num-seeds 6  a task with the paper's settings, for a GPU; flags go to all three stages
+#                                            (--amp, --dataset and --normalize-obs to those that have them)
 #   bash run.sh --small hopper-medium        a task on a small budget, for a CPU
 # CRITIC, BEHAVIOR, ACTOR and EVAL hold flags for one script alone: ACTOR="--beta 0.01 0.05" bash run.sh hopper-medium
 # For --small, import D4RL's AntMaze with --until-success.

@@ -855,7 +855,7 @@ def test_into_a_file_a_plain_line_per_half_minute(stage, trained, tmp_path):
         name = sorted(EXPECTED[stage] & {"losses/q_loss", "losses/behavior_loss", "losses/actor_loss"})[0]
         assert f"{name.split('/')[1]}={np.mean(log[step][name]):.3g}" in line
     if stage == "actor":
-        assert ", score " in plain[-1]
+        assert ", mean score " in plain[-1]
 
 
 def test_a_run_of_seconds_prints_no_bar_into_a_file(tmp_path):
